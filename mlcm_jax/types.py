@@ -1,0 +1,28 @@
+"""Array aliases and the few records that travel between the packages.
+
+Inside the project every image-like array is channels-last: latents [N, h, w, c], images [N, H, W, 3].
+Channels-first appears only at the edge to diffusers (npy files, PyTorch comparisons).
+"""
+
+from typing import Any
+
+import flax.struct
+from jaxtyping import Array, Float, Int
+
+Params = dict[str, Any]
+Latents = Float[Array, "n h w c"]
+Timesteps = Int[Array, " n"]  # 0..999, the index into alphas_cumprod
+
+
+@flax.struct.dataclass
+class TextConditioning:
+    """What the denoiser is told beside the latents and the time (SDXL's micro-conditioning).
+
+    hidden_states: token states of all text encoders side by side.
+    pooled: projected state of the last encoder's end-of-text token.
+    time_ids: original height, width, crop top, left, target height, width, in pixels.
+    """
+
+    hidden_states: Float[Array, "n tokens d"]
+    pooled: Float[Array, "n p"]
+    time_ids: Float[Array, "n 6"]
