@@ -1,0 +1,49 @@
+"""Resuming a run: orbax checkpoints of the train state, written aside and renamed, so that a kill leaves whole ones."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from mlcm_jax.errors import UserError
+
+
+class Checkpoints:
+    """The checkpoints of one run, in ``folder``/<step>; saving runs in the background.
+
+    keep: how many of the newest stay.
+    """
+
+    def __init__(self, folder: str | Path, *, keep: int = 2):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
+
+    def save(self, state: Any, step: int) -> None:
+        if step != self._manager.latest_step():
+            self._manager.save(step, args=ocp.args.StandardSave(state))
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def restore(self, like: Any) -> Any:
+        """The newest state, placed as ``like`` (arrays or ShapeDtypeStructs with shardings); None when there is none.
+
+        Raises UserError when the checkpoint does not fit ``like``.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        try:
+            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"The checkpoint {self._manager.directory}/{step} does not fit this configuration "
+                f"({str(error).splitlines()[0][:200]}): use another --workdir, or the configuration it was made with."
+            ) from error
+
+    def close(self) -> None:
+        """Wait for a save in the background and let go of the folder."""
+        self._manager.wait_until_finished()
+        self._manager.close()

@@ -1,0 +1,25 @@
+"""Pictures of pictures: uint8 and float images into one another, and rows of them into a grid."""
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+
+def to_uint8(images: Float[np.ndarray, "n H W 3"]) -> UInt8[np.ndarray, "n H W 3"]:
+    """Images in [-1, 1] to 0..255, rounded as diffusers' image processor rounds."""
+    return (np.clip(np.asarray(images, np.float32) / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8)
+
+
+def to_float(images: UInt8[np.ndarray, "n H W 3"]) -> Float[np.ndarray, "n H W 3"]:
+    """Images 0..255 to [-1, 1]."""
+    return images.astype(np.float32) / 127.5 - 1.0
+
+
+def image_grid(images: UInt8[np.ndarray, "n H W 3"], columns: int, gap: int = 2) -> UInt8[np.ndarray, "H2 W2 3"]:
+    """Lay images out row by row on white, ``gap`` pixels apart."""
+    n, height, width, _ = images.shape
+    rows = -(-n // columns)
+    canvas = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        y, x = (i // columns) * (height + gap), (i % columns) * (width + gap)
+        canvas[y : y + height, x : x + width] = image
+    return canvas

@@ -1,0 +1,43 @@
+"""The optimizer: AdamW with gradient clipping and a warm-up schedule, and the moving average of the parameters."""
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from mlcm_jax.errors import UserError
+from mlcm_jax.types import Params
+
+SCHEDULES = {
+    "constant": lambda peak, steps: optax.constant_schedule(peak),
+    "cosine": lambda peak, steps: optax.cosine_decay_schedule(peak, steps),
+    "linear": lambda peak, steps: optax.linear_schedule(peak, 0.0, steps),
+}
+
+
+def learning_rate_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule:
+    """Linear warm-up for ``warmup_steps``, then ``schedule`` over the rest; raises UserError for an unknown name."""
+    if config.schedule not in SCHEDULES:
+        raise UserError(f"optim.schedule={config.schedule!r} is unknown: use one of {', '.join(SCHEDULES)}.")
+    warmup = config.warmup_steps
+    after = SCHEDULES[config.schedule](config.learning_rate, max(num_steps - warmup, 1))
+    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), after], [warmup])
+
+
+def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101) after clipping by global norm; no weight decay on vectors (norms and biases)."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate_schedule(config, num_steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+        ),
+    )
+
+
+def update_ema(ema: Params, params: Params, decay: float) -> Params:
+    """Exponential moving average; ``decay`` may be traced."""
+    return jax.tree.map(lambda e, p: e + (1.0 - decay) * (p.astype(e.dtype) - e), ema, params)

@@ -1,0 +1,28 @@
+"""What a run carries from step to step, and all that a checkpoint holds of it."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from mlcm_jax.types import Params
+
+
+@flax.struct.dataclass
+class TrainState:
+    """step: number of finished updates. params: the trainable tree (all weights, or LoRA factors), float32.
+
+    ema: moving average of params, or None where the run keeps none.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: optax.OptState
+    ema: Params | None = None
+
+
+def create(params: Params, optimizer: optax.GradientTransformation, *, with_ema: bool = False) -> TrainState:
+    """A state at step 0; the moving average starts as a copy of the parameters."""
+    ema = jax.tree.map(jnp.copy, params) if with_ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
