@@ -1,0 +1,97 @@
+"""Train the emoji autoencoder: python examples/emoji/train_autoencoder.py --data_dir=DIR --workdir=DIR --out=DIR."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+
+from emoji_data import draw_indices, load_split
+from mlcm_jax.cli import run_main
+from mlcm_jax.hub.save import save_params
+from mlcm_jax.models.vae import AutoencoderKL
+from mlcm_jax.images import image_grid, to_float, to_uint8
+from mlcm_jax.train import rng
+from mlcm_jax.train.loop import run
+from mlcm_jax.train.optim import make_optimizer, update_ema
+from mlcm_jax.train.state import TrainState, create
+from recipe import AUTOENCODER, VAE_CONFIG, config_flag
+
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder that build_data.py wrote.", required=True)
+WORKDIR = flags.DEFINE_string("workdir", "runs/emoji_autoencoder", "Checkpoints, samples and metrics.")
+OUT = flags.DEFINE_string("out", None, "Folder for the autoencoder (diffusers' vae folder).", required=True)
+CONFIG = config_flag(AUTOENCODER)
+
+KL_WEIGHT = 1e-6
+
+
+def edges(images):
+    """Differences between neighbours, down and across: an error here is a blurred outline."""
+    return images[:, 1:] - images[:, :-1], images[:, :, 1:] - images[:, :, :-1]
+
+
+def make_step(model: AutoencoderKL, optimizer: optax.GradientTransformation, config):
+    def loss_fn(params, images, key):
+        mean, logvar = model.apply({"params": params}, images, method="encode")
+        latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+        recon = model.apply({"params": params}, latents, method="decode")
+        pixel = jnp.abs(recon - images).mean()
+        edge = sum(jnp.abs(a - b).mean() for a, b in zip(edges(recon), edges(images), strict=True))
+        kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar).sum(axis=(1, 2, 3)).mean()
+        mse = jnp.square(jnp.clip(recon, -1, 1) - images).mean()
+        return pixel + edge + KL_WEIGHT * kl, {"psnr": 10 * jnp.log10(4.0 / mse), "kl": kl}
+
+    @jax.jit
+    def step(state: TrainState, images):
+        images = images.astype(jnp.float32) / 127.5 - 1.0
+        key = rng.stream(config.seed, "noise", state.step)
+        (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, images, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(config.ema_decay, state.step / (state.step + 10.0))
+        ema = update_ema(state.ema, params, decay)
+        return TrainState(state.step + 1, params, opt_state, ema), {"loss": loss, **aux}
+
+    return step
+
+
+def latent_std(model, params, images) -> float:
+    """Standard deviation of the latents' means over ``images``; its inverse is scaling_factor."""
+    encode = jax.jit(lambda x: model.apply({"params": params}, x, method="encode")[0])
+    return float(np.std([np.asarray(encode(to_float(b))) for b in np.split(images, len(images) // 64)]))
+
+
+def main(_):
+    config, out = CONFIG.value, Path(OUT.value)
+    data, heldout = load_split(DATA_DIR.value, "train"), load_split(DATA_DIR.value, "heldout")
+    model = AutoencoderKL.from_config(VAE_CONFIG)
+    params = model.init(rng.stream(config.seed, "init", 0), to_float(data["image"][:1]))["params"]
+    optimizer = make_optimizer(config.optim, config.num_steps)
+    held = heldout["image"][:: max(1, len(heldout["image"]) // 256)][:256]
+    reconstruct = jax.jit(lambda p, x: model.apply({"params": p}, x))
+
+    def sample(state):
+        recon = to_uint8(np.asarray(reconstruct(state.ema, to_float(held[:16]))))
+        return image_grid(np.concatenate([held[:16], recon]), columns=16)
+
+    state = run(
+        create(params, optimizer, with_ema=True),
+        make_step(model, optimizer, config),
+        lambda step: data["image"][draw_indices(data, config.seed, step, config.batch_size)],
+        config,
+        Path(WORKDIR.value),
+        sample_fn=sample,
+    )
+    std = latent_std(model, state.ema, data["image"][:2048])
+    recon = np.concatenate([np.asarray(reconstruct(state.ema, to_float(b))) for b in np.split(held, len(held) // 64)])
+    mse = np.square((to_uint8(recon).astype(np.float64) - held) / 255.0).mean(axis=(1, 2, 3))
+    psnr = float(np.mean(-10 * np.log10(mse)))
+    save_params(state.ema, {**VAE_CONFIG, "scaling_factor": 1.0 / std}, out, dtype=jnp.float16)
+    print(json.dumps({"heldout_psnr_db": psnr, "latent_std": std, "images": len(held)}))
+
+
+if __name__ == "__main__":
+    run_main(main)
