@@ -1,0 +1,28 @@
+"""Read a diffusers model into Flax and write it back: every tensor keeps its name, dtype and value.
+
+    python launch/convert.py --model=DIR --out=DIR2
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from mlcm_jax.cli import run_main
+from mlcm_jax.errors import UserError
+from mlcm_jax.hub.pipeline import load_pipeline, save_pipeline
+
+MODEL = flags.DEFINE_string("model", None, "Folder of a diffusers model, or a hub id like owner/name.", required=True)
+OUT = flags.DEFINE_string("out", None, "Folder to write; it must not exist yet or be empty.", required=True)
+
+
+def main():
+    out = Path(OUT.value)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out={out} exists and is not an empty folder: choose another.")
+    pipeline = load_pipeline(MODEL.value)
+    save_pipeline(pipeline, out)
+    print(f"wrote {', '.join(pipeline.networks())} to {out}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,268 @@
+"""A whole diffusers folder in and out: networks, tokenizers, scheduler_config.json and model_index.json."""
+
+import dataclasses
+import importlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import transformers
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+from mlcm_jax.errors import UserError
+from mlcm_jax.hub.load import load_params, read_json
+from mlcm_jax.hub.save import save_params, write_json
+from mlcm_jax.types import Params, TextConditioning
+
+# pipeline class: (text encoders, tokenizers), in the order in which their states are joined
+PIPELINES = {
+    "StableDiffusionXLPipeline": (("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")),
+    "StableDiffusionPipeline": (("text_encoder",), ("tokenizer",)),
+}
+WEIGHT_FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
+DOWNLOADED = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+# (component name, tree of ShapeDtypeStructs) -> one sharding or a tree of them, as load_params takes it
+ShardingRule = Callable[[str, Params], Any]
+
+
+def _image(size: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+
+
+def _unet_inputs(config: Mapping[str, Any]) -> tuple:
+    side = 2 ** len(config["block_out_channels"])
+    width = config.get("cross_attention_dim", 1280)
+    pooled = 1
+    if config.get("addition_embed_type") == "text_time":
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    conditioning = TextConditioning(
+        hidden_states=jax.ShapeDtypeStruct((1, 2, width if isinstance(width, int) else width[0]), jnp.float32),
+        pooled=jax.ShapeDtypeStruct((1, pooled), jnp.float32),
+        time_ids=jax.ShapeDtypeStruct((1, 6), jnp.float32),
+    )
+    sample = jax.ShapeDtypeStruct((1, side, side, config.get("in_channels", 4)), jnp.float32)
+    inputs = (sample, jax.ShapeDtypeStruct((1,), jnp.int32), conditioning)
+    guidance_width = config.get("time_cond_proj_dim")
+    return inputs if guidance_width is None else (*inputs, jax.ShapeDtypeStruct((1, guidance_width), jnp.float32))
+
+
+def _text_inputs(config: Mapping[str, Any]) -> tuple:
+    return (jax.ShapeDtypeStruct((1, min(2, config.get("max_position_embeddings", 77))), jnp.int32),)
+
+
+def _vision_inputs(config: Mapping[str, Any]) -> tuple:
+    return (_image(config.get("image_size", 224)),)
+
+
+def _vae_inputs(config: Mapping[str, Any]) -> tuple:
+    return (_image(2 ** len(config["block_out_channels"])),)
+
+
+class NetworkClass(NamedTuple):
+    """Where the Flax module of a torch class is, and the abstract inputs that its ``init`` takes."""
+
+    module: str
+    attribute: str
+    inputs: Callable[[Mapping[str, Any]], tuple]
+
+
+NETWORKS = {
+    "UNet2DConditionModel": NetworkClass("mlcm_jax.models.unet", "UNet2DConditionModel", _unet_inputs),
+    "AutoencoderKL": NetworkClass("mlcm_jax.models.vae", "AutoencoderKL", _vae_inputs),
+    "CLIPTextModel": NetworkClass("mlcm_jax.models.clip", "CLIPTextModel", _text_inputs),
+    "CLIPTextModelWithProjection": NetworkClass("mlcm_jax.models.clip", "CLIPTextModel", _text_inputs),
+    "CLIPVisionModelWithProjection": NetworkClass("mlcm_jax.models.clip", "CLIPVisionModel", _vision_inputs),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A module, its parameters and the config.json that both were made from."""
+
+    module: nn.Module
+    params: Params
+    config: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """The parts of a diffusers folder; ``folder`` is where tokenizers and other components are copied from."""
+
+    unet: Network
+    vae: Network
+    text_encoders: tuple[Network, ...]
+    tokenizers: tuple[Any, ...]
+    scheduler_config: dict[str, Any]
+    model_index: dict[str, Any]
+    folder: Path
+
+    def networks(self) -> dict[str, Network]:
+        """Networks by the name of their folder."""
+        encoders, _ = PIPELINES[self.model_index["_class_name"]]
+        return {"unet": self.unet, "vae": self.vae, **dict(zip(encoders, self.text_encoders, strict=True))}
+
+
+def network_shapes(module: nn.Module, config: Mapping[str, Any]) -> Params:
+    """Shapes of a network's parameters (a tree of ShapeDtypeStructs); nothing is allocated or computed."""
+    spec = next(n for n in NETWORKS.values() if n.attribute == type(module).__name__)
+    return jax.eval_shape(module.init, jax.random.key(0), *spec.inputs(config))["params"]
+
+
+def load_network(
+    folder: str | Path,
+    class_name: str,
+    *,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = None,
+    shardings: ShardingRule | None = None,
+) -> Network:
+    """Build one component from its config.json and read its weights.
+
+    Args:
+      class_name: the torch class, a key of ``NETWORKS``.
+      dtype: compute dtype of the module. param_dtype: of the parameters; None keeps the file's.
+      shardings: called with the folder's name and the tree of shapes.
+
+    Raises UserError for a class or a setting that is not supported and as ``load_params`` does.
+    """
+    folder = Path(folder)
+    if class_name not in NETWORKS:
+        raise UserError(f"{folder} is a {class_name}, which is not supported: use {', '.join(NETWORKS)}.")
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist: the model has no {folder.name}.")
+    config = read_json(folder / "config.json")
+    spec = NETWORKS[class_name]
+    module = getattr(importlib.import_module(spec.module), spec.attribute).from_config(config, dtype=dtype)
+    shapes = network_shapes(module, config)
+    placed = None if shardings is None else shardings(folder.name, shapes)
+    return Network(module, load_params(shapes, folder, dtype=param_dtype, shardings=placed), config)
+
+
+def load_tokenizer(folder: Path, class_name: str) -> Any:
+    """Read a tokenizer with transformers; raises UserError when the folder holds none."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist: the model has no {folder.name}.")
+    auto = not class_name.startswith("CLIPTokenizer")
+    loader = transformers.AutoTokenizer if auto else transformers.CLIPTokenizer
+    try:
+        return loader.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise UserError(f"{folder} holds no readable {class_name} ({' '.join(str(e).split())[:200]}).") from None
+
+
+def resolve_folder(model: str | Path) -> Path:
+    """The local folder of a model: the path itself, or a download when it looks like a hub id ("owner/name").
+
+    Of a hub repository only the full-precision safetensors of the parts that are used are downloaded.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{model} is a file: name the folder of a diffusers model, the one with model_index.json.")
+    if not _HUB_ID.match(str(model)) or str(model).startswith("."):
+        raise UserError(f"{model} does not exist: name the folder of a diffusers model, or a hub id like owner/name.")
+    suffixes = ("json", "txt", "safetensors")
+    patterns = ["model_index.json", *(f"{part}/*.{s}" for part in DOWNLOADED for s in suffixes)]
+    try:
+        return Path(huggingface_hub.snapshot_download(str(model), allow_patterns=patterns, ignore_patterns="*.fp16.*"))
+    except (OSError, EntryNotFoundError, HFValidationError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(f"{model} is no folder here, and it could not be downloaded from the hub ({reason}).") from None
+
+
+def _read_model_index(folder: Path) -> dict[str, Any]:
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder} has no model_index.json: name the folder of a diffusers model.")
+    model_index = read_json(folder / "model_index.json")
+    class_name = model_index.get("_class_name")
+    if class_name not in PIPELINES:
+        raise UserError(f"{folder} is a {class_name}, which is not supported: use {', '.join(PIPELINES)}.")
+    encoders, tokenizers = PIPELINES[class_name]
+    for part in ("unet", "vae", *encoders, *tokenizers, "scheduler"):
+        entry = model_index.get(part)
+        if not isinstance(entry, list) or len(entry) != 2 or None in entry:
+            raise UserError(f"{folder}/model_index.json has no {part}, which a {class_name} needs.")
+    return model_index
+
+
+def load_pipeline(
+    folder: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = None,
+    shardings: ShardingRule | None = None,
+) -> Pipeline:
+    """Read a StableDiffusionXLPipeline or StableDiffusionPipeline folder, or a hub id.
+
+    Args:
+      dtype: compute dtype of all networks. param_dtype: of their parameters; None keeps the files'.
+      shardings: called with a component's name and its tree of shapes; None puts everything on one device.
+
+    Raises UserError for a wrong path, an unsupported pipeline or setting, a missing part and unfit weights.
+    """
+    folder = resolve_folder(folder)
+    model_index = _read_model_index(folder)
+    encoders, tokenizers = PIPELINES[model_index["_class_name"]]
+    networks = {
+        part: load_network(
+            folder / part, model_index[part][1], dtype=dtype, param_dtype=param_dtype, shardings=shardings
+        )
+        for part in ("unet", "vae", *encoders)
+    }
+    return Pipeline(
+        unet=networks["unet"],
+        vae=networks["vae"],
+        text_encoders=tuple(networks[part] for part in encoders),
+        tokenizers=tuple(load_tokenizer(folder / part, model_index[part][1]) for part in tokenizers),
+        scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json"),
+        model_index=model_index,
+        folder=folder,
+    )
+
+
+def save_pipeline(
+    pipeline: Pipeline, folder: str | Path, *, dtype: Any = None, scheduler_config: Mapping[str, Any] | None = None
+):
+    """Write a folder that stock diffusers loads; of several processes the first writes, all must call.
+
+    Tokenizers and components that are not networks here (a safety checker, say) are copied from ``pipeline.folder``;
+    an optional one that is not there is written as absent. model_index.json comes last: without it, nothing loads.
+
+    Args:
+      dtype: of the written tensors; None keeps the parameters'.
+      scheduler_config: replaces the pipeline's own; its ``_class_name`` is the scheduler that diffusers will use.
+
+    Raises UserError when ``folder`` is the one that the pipeline was read from, or holds a file of its name.
+    """
+    folder = Path(folder)
+    if folder.resolve() == pipeline.folder.resolve():
+        raise UserError(f"{folder} is the folder that the model was read from: choose another to write to.")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: name a folder to write to.")
+    scheduler_config = dict(scheduler_config or pipeline.scheduler_config)
+    model_index = json.loads(json.dumps(pipeline.model_index))
+    model_index["scheduler"] = ["diffusers", scheduler_config["_class_name"]]
+    networks = pipeline.networks()
+    for part, network in networks.items():
+        file_name = WEIGHT_FILES[model_index[part][0]]
+        save_params(network.params, network.config, folder / part, file_name=file_name, dtype=dtype)
+    if jax.process_index() != 0:
+        return
+    for part, entry in model_index.items():
+        if isinstance(entry, list) and part not in networks and part != "scheduler" and None not in entry:
+            if (pipeline.folder / part).is_dir():
+                shutil.copytree(pipeline.folder / part, folder / part, dirs_exist_ok=True)
+            else:
+                model_index[part] = [None, None]
+    write_json(scheduler_config, folder / "scheduler" / "scheduler_config.json")
+    write_json(model_index, folder / "model_index.json")

@@ -1,0 +1,145 @@
+"""Writing Flax parameters as diffusers' and transformers' folders: config.json and safetensors with torch's names."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mlcm_jax.errors import UserError
+from mlcm_jax.hub import names
+from mlcm_jax.hub.load import DTYPES
+from mlcm_jax.types import Params
+
+FORMAT = {"format": "pt"}  # transformers and diffusers refuse a file without it
+FILE_DTYPES = {name: code for code, name in DTYPES.items()}
+
+
+class Entry(NamedTuple):
+    """Tensors of equal shape that come from one array: ``read`` returns them in the order of ``names``."""
+
+    names: list[str]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], list[np.ndarray]]
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing that takes its real name only when it is complete and on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(value: Mapping[str, Any], path: Path):
+    """Write a JSON object as diffusers and transformers lay it out."""
+    with atomic_write(path) as f:
+        f.write((json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def host_array(array: Any) -> np.ndarray:
+    """The whole array on this host; an array that is spread over several processes is gathered by all of them."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
+def _header(entries: list[Entry], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for entry in entries:
+        size = int(np.prod(entry.shape, dtype=np.int64)) * entry.dtype.itemsize
+        for name in entry.names:
+            header[name] = {
+                "dtype": FILE_DTYPES[entry.dtype.name],
+                "shape": list(entry.shape),
+                "data_offsets": [offset, offset + size],
+            }
+            offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_safetensors(entries: list[Entry], path: Path, metadata: Mapping[str, str] = FORMAT):
+    """Write entries one array at a time; of several processes the first writes, all must call.
+
+    Raises UserError for a dtype other than float32, float16 and bfloat16.
+    """
+    for entry in entries:
+        if entry.dtype.name not in FILE_DTYPES:
+            raise UserError(
+                f"{entry.names[0]} is {entry.dtype.name}, which is not written to safetensors: "
+                f"use {', '.join(FILE_DTYPES)}."
+            )
+    # Wide dtypes first keep every tensor aligned to its own size.
+    entries = sorted(entries, key=_descending_itemsize)
+    if jax.process_index() != 0:
+        for entry in entries:
+            entry.read()
+        return
+    with atomic_write(path) as f:
+        f.write(_header(entries, metadata))
+        for entry in entries:
+            for tensor in entry.read():
+                f.write(np.ascontiguousarray(tensor, entry.dtype).reshape(-1).view(np.uint8).data)
+
+
+def _descending_itemsize(entry: Entry) -> int:
+    return -entry.dtype.itemsize
+
+
+def param_entries(params: Params, dtype: Any = None) -> list[Entry]:
+    """Each array of a Flax tree as torch tensors, with names by hub/names.py; dtype None keeps the array's."""
+
+    def reader(path, leaf, stacked):
+        def read() -> list[np.ndarray]:
+            array = host_array(leaf)
+            return [names.to_torch(path, layer) for layer in (array if stacked else array[None])]
+
+        return read
+
+    return [
+        Entry(
+            torch_names,
+            names.torch_shape(path, leaf.shape),
+            np.dtype(dtype or leaf.dtype),
+            reader(path, leaf, names.is_stacked(path)),
+        )
+        for path, leaf, torch_names in names.walk(params)
+    ]
+
+
+def save_params(
+    params: Params, config: Mapping[str, Any], folder: str | Path, *, file_name: str, dtype: Any = None
+) -> Path:
+    """Write ``config.json`` and the weights of one component; returns the path of the weights.
+
+    Args:
+      file_name: ``diffusion_pytorch_model.safetensors`` for diffusers, ``model.safetensors`` for transformers.
+      dtype: of the written tensors, float32, float16 or bfloat16; None keeps the parameters'.
+
+    Both files are written under a temporary name and renamed, so a killed process leaves no half file.
+    """
+    folder = Path(folder)
+    config = dict(config)
+    if dtype is not None:
+        # transformers builds a network in the dtype that its config names
+        config |= {key: np.dtype(dtype).name for key in ("dtype", "torch_dtype") if key in config}
+    write_safetensors(param_entries(params, dtype), folder / file_name)
+    if jax.process_index() == 0:
+        write_json(config, folder / "config.json")
+    return folder / file_name

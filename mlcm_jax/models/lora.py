@@ -1,0 +1,94 @@
+"""Low-rank adaptation (arXiv 2106.09685) as a parameter tree beside the frozen kernels.
+
+A LoRA tree mirrors the module paths of the network: {module path...: {"down", "up"}}. The layers (models/layers.py)
+take it as the collection "lora", with ``up`` already multiplied by alpha / rank (``scaled``).
+"""
+
+import re
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from mlcm_jax.errors import UserError
+from mlcm_jax.types import Params
+
+# Matched with re.search against the module's path, its parts joined by "/".
+UNET_TARGETS = (
+    r"/to_(q|k|v|out_0)$",
+    r"/proj_(in|out)$",
+    r"/ff/net_0/proj$",
+    r"/ff/net_2$",
+    r"/conv[12]$",
+    r"/conv_shortcut$",
+    r"/time_emb_proj$",
+    r"/(down|up)samplers_\d+/conv$",
+)
+
+
+def target_modules(params_shapes: Params, targets: Sequence[str]) -> dict[tuple[str, ...], Any]:
+    """The kernels that ``targets`` select, by module path; raises UserError for a target that selects none."""
+    flat = traverse_util.flatten_dict(params_shapes)
+    kernels = {path[:-1]: leaf for path, leaf in flat.items() if path[-1] == "kernel"}
+    selected = {}
+    for target in targets:
+        try:
+            pattern = re.compile(target)
+        except re.error as e:
+            raise UserError(f"LoRA target {target!r} is not a regular expression ({e}).") from None
+        matched = {path: leaf for path, leaf in kernels.items() if pattern.search("/".join(path))}
+        if not matched:
+            some = ", ".join("/".join(path) for path in list(kernels)[:3])
+            raise UserError(f"LoRA target {target!r} matches no layer of the network: its layers are like {some}.")
+        selected |= matched
+    return selected
+
+
+def init(
+    rng: jax.Array,
+    params_shapes: Params,
+    rank: int,
+    targets: Sequence[str] = UNET_TARGETS,
+    dtype: Any = jnp.float32,
+) -> Params:
+    """A LoRA that changes nothing yet: ``up`` is zero, ``down`` is uniform within 1/sqrt(fan_in), as PEFT's default.
+
+    A kernel [i, o] gets down [i, r] and up [r, o]; [k, k, i, o] gets down [k, k, i, r] and up [1, 1, r, o]; stacked
+    kernels get stacked factors. Each module's numbers depend on ``rng`` and its path only, not on the other targets.
+    Raises UserError for a rank below 1 and for a target that matches no layer.
+    """
+    if rank < 1:
+        raise UserError(f"LoRA rank {rank} is not possible: use 1 or more.")
+    lora = {}
+    for path, kernel in target_modules(params_shapes, targets).items():
+        *outer, fan_in, features = kernel.shape
+        is_conv = len(outer) >= 2
+        bound = (fan_in * (outer[-2] * outer[-1] if is_conv else 1)) ** -0.5
+        key = jax.random.fold_in(rng, zlib.crc32("/".join(path).encode()))
+        up_outer = [*outer[:-2], 1, 1] if is_conv else outer
+        lora[*path, "down"] = jax.random.uniform(key, (*outer, fan_in, rank), dtype, -bound, bound)
+        lora[*path, "up"] = jnp.zeros((*up_outer, rank, features), dtype)
+    return traverse_util.unflatten_dict(lora)
+
+
+def scaled(lora: Params, alpha: float, rank: int) -> Params:
+    """Multiply every ``up`` by alpha / rank: the form that the layers, ``merge`` and hub/lora.py take."""
+    flat = traverse_util.flatten_dict(lora)
+    return traverse_util.unflatten_dict({k: v * (alpha / rank) if k[-1] == "up" else v for k, v in flat.items()})
+
+
+def merge(params: Params, lora: Params) -> Params:
+    """Parameters with a scaled LoRA folded into the kernels, which keep their dtype; the sum is done in float32."""
+    flat = traverse_util.flatten_dict(params)
+    factors = traverse_util.flatten_dict(lora)
+    for *module, leaf in factors:
+        if leaf == "down":
+            # Both kinds of kernel are one (batched) matrix product: a convolution's up factor is 1x1.
+            down, up = (factors[*module, name].astype(jnp.float32) for name in ("down", "up"))
+            kernel = flat[*module, "kernel"]
+            delta = jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)
+            flat[*module, "kernel"] = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+    return traverse_util.unflatten_dict(flat)
