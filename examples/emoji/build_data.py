@@ -1,6 +1,6 @@
 """Fetch the emoji packages, build the data set, and write the captions, the held-out names and the tokenizer.
 
-    python examples/emoji/build_data.py --data_dir=DATA
+python examples/emoji/build_data.py --data_dir=DATA
 """
 
 from collections import Counter
@@ -33,7 +33,8 @@ def build_all(data_dir: Path, cache_dir: Path, out_dir: Path) -> None:
         raise UserError(f"A caption has {length} tokens: raise MODEL_MAX_LENGTH from {tokenizer.MODEL_MAX_LENGTH}.")
 
     emojis = names.read_emojis(sources.names_file(packages_dir))
-    print(f"names: {len({one.name for one in emojis})}, of which {sum(one.from_fallback for one in emojis)} official ones")
+    official = sum(one.from_fallback for one in emojis)
+    print(f"names: {len({one.name for one in emojis})}; pictures named by emoji.json instead of CLDR: {official}")
     for split, rows in splits.items():
         counts = Counter(rows["style"])
         styles = ", ".join(f"{style} {counts[style]}" for style in sources.STYLES)

@@ -65,7 +65,7 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
             for emoji in emojis:
                 if emoji.key not in files:
                     continue
-                yield f"{source.style}/{emoji.key}", {
+                example = {
                     "image": read_image(files[emoji.key]),
                     "caption": emoji.caption(source.style),
                     "name": emoji.name,
@@ -73,6 +73,7 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
                     "skin_tone": emoji.skin_tone,
                     "category": emoji.category,
                 }
+                yield f"{source.style}/{emoji.key}", example
 
 
 def read_image(path: Path) -> UInt8[np.ndarray, "64 64 3"]:

@@ -41,7 +41,7 @@ GRID_CAPTIONS = (
 )
 ALWAYS_TRAIN = frozenset(caption.rsplit(", ", 1)[0] for caption in GRID_CAPTIONS)
 
-_ASCII = str.maketrans({"’": "'", "‘": "'", "“": None, "”": None, "&": "and", "_": " ", ".": None})
+_ASCII = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": None, "\u201d": None, "&": "and", "_": " ", ".": None})
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _natural_name(entry: dict) -> tuple[str, bool]:
 
 
 def _plain(name: str) -> str:
-    """Lower case, single spaces, accents dropped: "Côte_d’Ivoire" becomes "cote d'ivoire"."""
+    """Lower case, single spaces, accents dropped: "São_Tomé_&_Príncipe" becomes "sao tome and principe"."""
     decomposed = unicodedata.normalize("NFKD", name.translate(_ASCII))
     return " ".join("".join(c for c in decomposed if not unicodedata.combining(c)).lower().split())
 

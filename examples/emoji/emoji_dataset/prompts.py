@@ -1,6 +1,7 @@
 """The caption files: what is distilled on, what is evaluated on, and what the sample grids show."""
 
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 from mlcm_jax.errors import UserError
@@ -33,7 +34,7 @@ def write_prompts(train: EmojiSplit, folder: Path) -> None:
     write_lines(folder / "grid.txt", GRID_CAPTIONS)
 
 
-def write_lines(path: Path, lines) -> None:
+def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write a text file of one entry a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -47,9 +47,11 @@ def _learn_merges(captions: Iterable[str], alphabet: list[str], count: int) -> l
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     words = pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    # The trainer counts the seen single bytes in its vocabulary; ask for enough merges whatever their number.
+    # Ties between merges fall by id. As special tokens the bytes at a word's end have fixed ids; left to the trainer
+    # they take the order of a hash map, and two runs learn two tokenizers.
     trainer = trainers.BpeTrainer(
         vocab_size=2 * len(alphabet) + count,
+        special_tokens=[byte + WORD_END for byte in alphabet],
         initial_alphabet=alphabet,
         end_of_word_suffix=WORD_END,
         show_progress=False,
@@ -58,13 +60,12 @@ def _learn_merges(captions: Iterable[str], alphabet: list[str], count: int) -> l
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.model.save(folder)
         lines = Path(folder, "merges.txt").read_text(encoding="utf-8").splitlines()
-    pairs = [tuple(line.split(" ")) for line in lines if not line.startswith("#version")]
-    return [(left, right) for left, right in pairs[:count]]
+    pairs = (line.split(" ") for line in lines if not line.startswith("#version"))
+    return [(left, right) for left, right in pairs]
 
 
 def _write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
 
 
 def longest(captions: Iterable[str], folder: Path) -> int:
