@@ -9,7 +9,8 @@ import numpy as np
 import optax
 from absl import flags
 
-from emoji_data import draw_indices, load_split
+from batches import Batches
+from emoji_dataset.dataset import load_split
 from mlcm_jax.cli import run_main
 from mlcm_jax.hub.save import save_params
 from mlcm_jax.models.vae import AutoencoderKL
@@ -26,6 +27,7 @@ OUT = flags.DEFINE_string("out", None, "Folder for the autoencoder (diffusers' v
 CONFIG = config_flag(AUTOENCODER)
 
 KL_WEIGHT = 1e-6
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def edges(images):
@@ -64,12 +66,13 @@ def latent_std(model, params, images) -> float:
     return float(np.std([np.asarray(encode(to_float(b))) for b in np.split(images, len(images) // 64)]))
 
 
-def main(_):
+def main():
     config, out = CONFIG.value, Path(OUT.value)
     data, heldout = load_split(DATA_DIR.value, "train"), load_split(DATA_DIR.value, "heldout")
     model = AutoencoderKL.from_config(VAE_CONFIG)
     params = model.init(rng.stream(config.seed, "init", 0), to_float(data["image"][:1]))["params"]
     optimizer = make_optimizer(config.optim, config.num_steps)
+    batches = Batches(data, seed=config.seed, batch_size=config.batch_size)
     held = heldout["image"][:: max(1, len(heldout["image"]) // 256)][:256]
     reconstruct = jax.jit(lambda p, x: model.apply({"params": p}, x))
 
@@ -80,7 +83,7 @@ def main(_):
     state = run(
         create(params, optimizer, with_ema=True),
         make_step(model, optimizer, config),
-        lambda step: data["image"][draw_indices(data, config.seed, step, config.batch_size)],
+        lambda step: data["image"][batches.indices(step)],
         config,
         Path(WORKDIR.value),
         sample_fn=sample,
@@ -89,7 +92,7 @@ def main(_):
     recon = np.concatenate([np.asarray(reconstruct(state.ema, to_float(b))) for b in np.split(held, len(held) // 64)])
     mse = np.square((to_uint8(recon).astype(np.float64) - held) / 255.0).mean(axis=(1, 2, 3))
     psnr = float(np.mean(-10 * np.log10(mse)))
-    save_params(state.ema, {**VAE_CONFIG, "scaling_factor": 1.0 / std}, out, dtype=jnp.float16)
+    save_params(state.ema, {**VAE_CONFIG, "scaling_factor": 1.0 / std}, out, file_name=WEIGHTS, dtype=jnp.float16)
     print(json.dumps({"heldout_psnr_db": psnr, "latent_std": std, "images": len(held)}))
 
 

@@ -1,0 +1,17 @@
+"""The multistep consistency function: one jump from anywhere in a segment to the segment's end."""
+
+import jax.numpy as jnp
+
+from mlcm_jax.diffusion.schedule import Schedule
+from mlcm_jax.diffusion.solvers import ddim_step
+from mlcm_jax.distill.trajectory import PredictX0
+from mlcm_jax.types import Latents, Timesteps
+
+
+def jump_to_edge(predict_x0: PredictX0, schedule: Schedule, z: Latents, t: Timesteps, edge: Timesteps) -> Latents:
+    """g(z, t, edge): follow the student's prediction of the clean latents to the segment's lower edge.
+
+    At t = edge it is the identity, exactly: that is the boundary condition (arXiv 2406.05768; 2403.06807, sec. 3).
+    """
+    jumped = ddim_step(schedule, z, predict_x0(z, t), t, edge)
+    return jnp.where((t == edge)[:, None, None, None], z, jumped)
