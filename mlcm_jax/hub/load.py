@@ -195,12 +195,13 @@ def read_array(reader: TensorReader, path: names.Path, file_names: list[str], dt
             )
         dtype = DTYPES[dtypes.pop()]
 
+    layers = (names.to_flax(path, reader.read(name)) for name in file_names)
+    first = next(layers)
     if not names.is_stacked(path):
-        return np.ascontiguousarray(names.to_flax(path, reader.read(file_names[0])).astype(dtype, copy=False))
-    stack: np.ndarray | None = None
-    for i, name in enumerate(file_names):
-        layer = names.to_flax(path, reader.read(name))
-        stack = np.empty((len(file_names), *layer.shape), dtype) if stack is None else stack
+        return np.ascontiguousarray(first.astype(dtype, copy=False))
+    stack = np.empty((len(file_names), *first.shape), dtype)
+    stack[0] = first
+    for i, layer in enumerate(layers, start=1):
         stack[i] = layer
     return stack
 
@@ -230,7 +231,7 @@ def load_params(shapes: Params, folder: str | Path, *, dtype: Any = None, shardi
     found = _match_names(reader, expected)
     check_tensors(reader, found, expected)
     one_for_all = shardings is None or isinstance(shardings, jax.sharding.Sharding)
-    by_path = {} if one_for_all else traverse_util.flatten_dict(shardings)
+    by_path: dict[names.Path, Any] = {} if one_for_all else traverse_util.flatten_dict(shardings)
     params = {}
     for path, _, torch_names in leaves:
         array = read_array(reader, path, [found[n] for n in torch_names], dtype)

@@ -8,6 +8,7 @@ file alone.
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -58,7 +59,7 @@ def torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[::-1] if len(shape) == 2 else (shape[3], shape[2], shape[0], shape[1])
 
 
-def walk(params) -> Iterator[tuple[Path, object, list[str]]]:
+def walk(params) -> Iterator[tuple[Path, Any, list[str]]]:
     """Yield (path, leaf, torch names) for each leaf of a nested dict of arrays or ShapeDtypeStructs."""
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         path = tuple(str(k.key) for k in keys)

@@ -28,35 +28,36 @@ PIPELINES = {
 }
 WEIGHT_FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 DOWNLOADED = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 # (component name, tree of ShapeDtypeStructs) -> one sharding or a tree of them, as load_params takes it
 ShardingRule = Callable[[str, Params], Any]
 
 
-def _image(size: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+def _image(size: int) -> jax.Array:
+    return jnp.zeros((1, size, size, 3))
 
 
 def _unet_inputs(config: Mapping[str, Any]) -> tuple:
-    side = 2 ** len(config["block_out_channels"])
+    side = 2 ** len(config.get("block_out_channels", (320, 640, 1280, 1280)))
     width = config.get("cross_attention_dim", 1280)
     pooled = 1
     if config.get("addition_embed_type") == "text_time":
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
     conditioning = TextConditioning(
-        hidden_states=jax.ShapeDtypeStruct((1, 2, width if isinstance(width, int) else width[0]), jnp.float32),
-        pooled=jax.ShapeDtypeStruct((1, pooled), jnp.float32),
-        time_ids=jax.ShapeDtypeStruct((1, 6), jnp.float32),
+        hidden_states=jnp.zeros((1, 2, width if isinstance(width, int) else width[0])),
+        pooled=jnp.zeros((1, pooled)),
+        time_ids=jnp.zeros((1, 6)),
     )
-    sample = jax.ShapeDtypeStruct((1, side, side, config.get("in_channels", 4)), jnp.float32)
-    inputs = (sample, jax.ShapeDtypeStruct((1,), jnp.int32), conditioning)
+    sample = jnp.zeros((1, side, side, config.get("in_channels", 4)))
+    inputs = (sample, jnp.zeros((1,), jnp.int32), conditioning)
     guidance_width = config.get("time_cond_proj_dim")
-    return inputs if guidance_width is None else (*inputs, jax.ShapeDtypeStruct((1, guidance_width), jnp.float32))
+    return inputs if guidance_width is None else (*inputs, jnp.zeros((1, guidance_width)))
 
 
 def _text_inputs(config: Mapping[str, Any]) -> tuple:
-    return (jax.ShapeDtypeStruct((1, min(2, config.get("max_position_embeddings", 77))), jnp.int32),)
+    return (jnp.zeros((1, min(2, config.get("max_position_embeddings", 77))), jnp.int32),)
 
 
 def _vision_inputs(config: Mapping[str, Any]) -> tuple:
@@ -64,11 +65,11 @@ def _vision_inputs(config: Mapping[str, Any]) -> tuple:
 
 
 def _vae_inputs(config: Mapping[str, Any]) -> tuple:
-    return (_image(2 ** len(config["block_out_channels"])),)
+    return (_image(2 ** len(config.get("block_out_channels", (64,)))),)
 
 
 class NetworkClass(NamedTuple):
-    """Where the Flax module of a torch class is, and the abstract inputs that its ``init`` takes."""
+    """Where the Flax module of a torch class is, and the smallest inputs that its ``init`` takes."""
 
     module: str
     attribute: str
@@ -112,9 +113,14 @@ class Pipeline:
 
 
 def network_shapes(module: nn.Module, config: Mapping[str, Any]) -> Params:
-    """Shapes of a network's parameters (a tree of ShapeDtypeStructs); nothing is allocated or computed."""
+    """Shapes of a network's parameters (a tree of ShapeDtypeStructs); no parameter is allocated."""
     spec = next(n for n in NETWORKS.values() if n.attribute == type(module).__name__)
     return jax.eval_shape(module.init, jax.random.key(0), *spec.inputs(config))["params"]
+
+
+def _check_class(folder: Path, class_name: str):
+    if class_name not in NETWORKS:
+        raise UserError(f"{folder} is a {class_name}, which is not supported: use {', '.join(NETWORKS)}.")
 
 
 def load_network(
@@ -135,10 +141,7 @@ def load_network(
     Raises UserError for a class or a setting that is not supported and as ``load_params`` does.
     """
     folder = Path(folder)
-    if class_name not in NETWORKS:
-        raise UserError(f"{folder} is a {class_name}, which is not supported: use {', '.join(NETWORKS)}.")
-    if not folder.is_dir():
-        raise UserError(f"{folder} does not exist: the model has no {folder.name}.")
+    _check_class(folder, class_name)
     config = read_json(folder / "config.json")
     spec = NETWORKS[class_name]
     module = getattr(importlib.import_module(spec.module), spec.attribute).from_config(config, dtype=dtype)
@@ -149,8 +152,10 @@ def load_network(
 
 def load_tokenizer(folder: Path, class_name: str) -> Any:
     """Read a tokenizer with transformers; raises UserError when the folder holds none."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} does not exist: the model has no {folder.name}.")
+    # transformers makes an empty vocabulary of a folder without these files
+    if not any(all((folder / f).is_file() for f in group) for group in TOKENIZER_FILES):
+        needed = " or ".join(" with ".join(group) for group in TOKENIZER_FILES)
+        raise UserError(f"{folder} holds no tokenizer: it needs {needed}.")
     auto = not class_name.startswith("CLIPTokenizer")
     loader = transformers.AutoTokenizer if auto else transformers.CLIPTokenizer
     try:
@@ -192,6 +197,10 @@ def _read_model_index(folder: Path) -> dict[str, Any]:
         entry = model_index.get(part)
         if not isinstance(entry, list) or len(entry) != 2 or None in entry:
             raise UserError(f"{folder}/model_index.json has no {part}, which a {class_name} needs.")
+        if not (folder / part).is_dir():
+            raise UserError(f"{folder / part} does not exist, though model_index.json names it: copy the whole model.")
+    for part in ("unet", "vae", *encoders):
+        _check_class(folder / part, model_index[part][1])
     return model_index
 
 
@@ -212,7 +221,10 @@ def load_pipeline(
     """
     folder = resolve_folder(folder)
     model_index = _read_model_index(folder)
-    encoders, tokenizers = PIPELINES[model_index["_class_name"]]
+    encoders, tokenizer_parts = PIPELINES[model_index["_class_name"]]
+    # What is small comes first: its mistakes are answered before the weights are read.
+    scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
+    tokenizers = tuple(load_tokenizer(folder / part, model_index[part][1]) for part in tokenizer_parts)
     networks = {
         part: load_network(
             folder / part, model_index[part][1], dtype=dtype, param_dtype=param_dtype, shardings=shardings
@@ -223,8 +235,8 @@ def load_pipeline(
         unet=networks["unet"],
         vae=networks["vae"],
         text_encoders=tuple(networks[part] for part in encoders),
-        tokenizers=tuple(load_tokenizer(folder / part, model_index[part][1]) for part in tokenizers),
-        scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json"),
+        tokenizers=tokenizers,
+        scheduler_config=scheduler_config,
         model_index=model_index,
         folder=folder,
     )

@@ -16,6 +16,8 @@ from flax import traverse_util
 from mlcm_jax.errors import UserError
 from mlcm_jax.types import Params
 
+Flat = dict[tuple[str, ...], Any]
+
 # Matched with re.search against the module's path, its parts joined by "/".
 UNET_TARGETS = (
     r"/to_(q|k|v|out_0)$",
@@ -31,7 +33,7 @@ UNET_TARGETS = (
 
 def target_modules(params_shapes: Params, targets: Sequence[str]) -> dict[tuple[str, ...], Any]:
     """The kernels that ``targets`` select, by module path; raises UserError for a target that selects none."""
-    flat = traverse_util.flatten_dict(params_shapes)
+    flat: Flat = traverse_util.flatten_dict(params_shapes)
     kernels = {path[:-1]: leaf for path, leaf in flat.items() if path[-1] == "kernel"}
     selected = {}
     for target in targets:
@@ -76,14 +78,14 @@ def init(
 
 def scaled(lora: Params, alpha: float, rank: int) -> Params:
     """Multiply every ``up`` by alpha / rank: the form that the layers, ``merge`` and hub/lora.py take."""
-    flat = traverse_util.flatten_dict(lora)
+    flat: Flat = traverse_util.flatten_dict(lora)
     return traverse_util.unflatten_dict({k: v * (alpha / rank) if k[-1] == "up" else v for k, v in flat.items()})
 
 
 def merge(params: Params, lora: Params) -> Params:
     """Parameters with a scaled LoRA folded into the kernels, which keep their dtype; the sum is done in float32."""
-    flat = traverse_util.flatten_dict(params)
-    factors = traverse_util.flatten_dict(lora)
+    flat: Flat = traverse_util.flatten_dict(params)
+    factors: Flat = traverse_util.flatten_dict(lora)
     for *module, leaf in factors:
         if leaf == "down":
             # Both kinds of kernel are one (batched) matrix product: a convolution's up factor is 1x1.

@@ -96,7 +96,7 @@ def sd15_folder(tmp_path_factory):
         unet=randomise(UNet2DConditionModel(**UNET, cross_attention_dim=32), 1),
         text_encoder=randomise(CLIPTextModel(CLIPTextConfig(**TEXT)), 2),
         tokenizer=tiny_tokenizer(tmp_path_factory.mktemp("vocab")),
-        scheduler=DDIMScheduler(),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -137,7 +137,7 @@ def test_position_ids_are_ignored_and_only_they(folder, shapes):
     rewrite(folder, lambda ts: ts | {"text_model.embeddings.position_ids": torch.arange(77)})
     load_params(shapes, folder)
     rewrite(folder, lambda ts: ts | {"embeddings.position_idz": torch.arange(77.0)})
-    with pytest.raises(UserError, match="1 tensors that the network does not have: embeddings.position_idz"):
+    with pytest.raises(UserError, match=r"1 tensors that the network does not have: embeddings\.position_idz"):
         load_params(shapes, folder)
 
 
@@ -199,7 +199,10 @@ def test_spoilt_files(folder, shapes, case):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("target", ["../other.safetensors", "/etc/passwd", "a/b.safetensors", "..\\x.safetensors", ".."])
+OUTSIDE = ["../other.safetensors", "/etc/passwd", "a/b.safetensors", "..\\x.safetensors", ".."]
+
+
+@pytest.mark.parametrize("target", OUTSIDE)
 def test_an_index_may_not_leave_its_folder(folder, shapes, target):
     shutil.copy(folder / NAME, folder.parent / "other.safetensors")
     shards(folder, lambda m: m.update(dict.fromkeys(m, target)))
@@ -252,7 +255,7 @@ def test_atomic_write_shows_the_file_only_when_complete(tmp_path):
 
 
 def test_unsupported_dtype_on_save(tmp_path):
-    with pytest.raises(UserError, match="conv.weight is int32"):
+    with pytest.raises(UserError, match=r"conv\.weight is int32"):
         save_params({"conv": {"kernel": jnp.zeros((2, 2), jnp.int32)}}, {}, tmp_path, file_name=NAME)
     assert os.listdir(tmp_path) == []
 
@@ -263,10 +266,11 @@ def test_stacked_layers(tmp_path):
     shapes = {"encoder": {"layers": {"fc1": {"kernel": jax.ShapeDtypeStruct((12, 5, 3), jnp.float32)}}}}
     kernel = load_params(shapes, tmp_path)["encoder"]["layers"]["fc1"]["kernel"]
     np.testing.assert_array_equal(kernel, np.stack([t.numpy().T for t in layers]))
-    out = save_params({"encoder": {"layers": {"fc1": {"kernel": kernel}}}}, {}, tmp_path / "o", file_name="m.safetensors")
+    params = {"encoder": {"layers": {"fc1": {"kernel": kernel}}}}
+    out = save_params(params, {}, tmp_path / "o", file_name="m.safetensors")
     assert_same_files(tmp_path / "model.safetensors", out)
     mixed = {f"encoder.layers.{i}.fc1.weight": t.half() if i else t for i, t in enumerate(layers)}
     save_file(mixed, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="several dtypes .F16, F32.: name one"):
+    with pytest.raises(UserError, match=r"several dtypes \(F16, F32\): name one"):
         load_params(shapes, tmp_path)
     assert load_params(shapes, tmp_path, dtype=jnp.float32)["encoder"]["layers"]["fc1"]["kernel"].dtype == jnp.float32

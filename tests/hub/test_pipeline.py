@@ -62,8 +62,8 @@ def test_stock_diffusers_samples_the_same_image_from_the_written_folder(name, re
 
 
 def test_export_dtype_and_scheduler(sd15_folder, tmp_path):
-    scheduler = dict(TCDScheduler().config)
-    save_pipeline(load_pipeline(sd15_folder), tmp_path, dtype=jnp.float16, scheduler_config=scheduler | {"_class_name": "TCDScheduler"})
+    scheduler = {**TCDScheduler().config, "_class_name": "TCDScheduler"}
+    save_pipeline(load_pipeline(sd15_folder), tmp_path, dtype=jnp.float16, scheduler_config=scheduler)
     for file in tmp_path.rglob("*.safetensors"):
         assert {t.dtype for t in load_file(file).values()} == {torch.float16}
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path, local_files_only=True)
@@ -116,14 +116,15 @@ def edit_unet(folder, **entries):
 
 SPOILT = {
     "no index": (lambda f: (f / "model_index.json").unlink(), "has no model_index.json: name the folder"),
-    "other pipeline": (lambda f: edit_index(f, _class_name="FluxPipeline"), "is a FluxPipeline, which is not supported"),
+    "other pipeline": (lambda f: edit_index(f, _class_name="FluxPipeline"), "is a FluxPipeline, which is not"),
     "null part": (lambda f: edit_index(f, vae=[None, None]), "model_index.json has no vae"),
     "other class": (lambda f: edit_index(f, vae=["diffusers", "VQModel"]), "is a VQModel, which is not supported"),
-    "no folder": (lambda f: shutil.rmtree(f / "text_encoder"), "text_encoder does not exist: the model has no"),
-    "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer does not exist: the model has no"),
-    "empty tokenizer": (lambda f: [p.unlink() for p in (f / "tokenizer").iterdir()], "holds no readable CLIPTokenizer"),
+    "no folder": (lambda f: shutil.rmtree(f / "text_encoder"), "text_encoder does not exist, though"),
+    "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer does not exist, though"),
+    "empty tokenizer": (lambda f: [p.unlink() for p in (f / "tokenizer").iterdir()], "holds no tokenizer: it needs"),
     "no config": (lambda f: (f / "unet/config.json").unlink(), "unet/config.json does not exist"),
-    "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "scheduler_config.json does not exist"),
+    "spoilt tokenizer": (lambda f: [p.write_text("{") for p in (f / "tokenizer").iterdir()], "holds no readable CLIPT"),
+    "no scheduler": (lambda f: (f / "scheduler/scheduler_config.json").unlink(), "_config.json does not exist"),
     "setting": (lambda f: edit_unet(f, class_embed_type="timestep"), "class_embed_type"),
     "wider": (lambda f: edit_unet(f, cross_attention_dim=48), "does not fit its config.json"),
 }

