@@ -1,0 +1,40 @@
+# Everything runs in .venv, which is made on first use and renewed when setup.py changes.
+#   make train   install, then distil the emoji teacher      make test   lint, types and all tests
+#   make lint    ruff and pyright only
+# Variables: PYTHON, WORKDIR, EXTRAS (cuda or tpu: make train EXTRAS=cuda), PYTEST_FLAGS.
+
+PYTHON ?= python3
+WORKDIR ?= runs/emoji
+EXTRAS ?=
+PYTEST_FLAGS ?= --durations=10
+
+BIN := .venv/bin
+STAMP := .venv/.stamp$(EXTRAS:%=-%)
+TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' setup.py)
+
+.PHONY: train test lint .venv
+
+.venv: $(STAMP)
+
+$(STAMP): setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -e .$(EXTRAS:%=[%])
+	touch $@
+
+# torch comes first and alone: a CPU build of this version that pip has at hand then meets the pin, and nothing that
+# is installed after it asks for a CUDA build.
+.venv/.test-stamp: $(STAMP)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -e .[test]
+	touch $@
+
+train: $(STAMP)
+	$(BIN)/python launch/train.py --config=configs/emoji.py --workdir=$(WORKDIR)
+
+lint: .venv/.test-stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)

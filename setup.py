@@ -1,0 +1,56 @@
+"""Packaging of mlcm_jax. Lower bounds are the versions that the tests ran with; tools in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+INSTALL_REQUIRES = [
+    "absl-py>=2.5",
+    "array_record>=0.8",  # the file format of the TensorFlow Datasets that are read without TensorFlow
+    "etils>=1.15",  # epath, TensorFlow Datasets' path type
+    "flax>=0.12.8",
+    "huggingface_hub>=2.4",
+    "jax>=0.10.2",
+    "jaxtyping>=0.3.11",
+    "matplotlib>=3.11",
+    "ml_collections>=1.1",
+    "numpy>=2.4",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "pillow>=13.0",
+    "safetensors>=0.8",
+    "tensorboardX>=2.6.5",
+    "tensorflow-datasets>=4.9.10",
+    "tqdm>=4.70",
+    "transformers>=5.23",  # tokenizers only; its networks need torch, which is not a dependency
+]
+
+# Used by tests, benchmarks and export checks, to compare with: the versions whose behaviour is the reference.
+REFERENCE = ["torch==2.13.0", "diffusers==0.42.1", "peft>=0.21", "accelerate>=1.15"]
+
+EXTRAS_REQUIRE = {
+    "cuda": ["jax[cuda13]>=0.10.2"],
+    "tpu": ["jax[tpu]>=0.10.2"],
+    "emoji": ["emoji>=2.16"],  # building the emoji data set of examples/emoji
+    "export-check": REFERENCE,
+    "test": [
+        *REFERENCE,
+        "beartype>=0.23",
+        "emoji>=2.16",
+        "hypothesis>=6.170",
+        "libtpu>=0.0.42",  # compiles for a TPU topology on a machine without TPUs
+        "pyright[nodejs]==1.1.414",  # brings its own node
+        "pytest>=9.2",
+        "ruff==0.17.6",
+    ],
+}
+
+setup(
+    name="mlcm_jax",
+    version="0.1.0",
+    description="Multistep latent consistency distillation of text-to-image diffusion models, in JAX",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["mlcm_jax", "mlcm_jax.*"]),
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+)
