@@ -1,0 +1,166 @@
+"""Which device holds which part of an array: a mesh, and rules from parameter paths to mesh axes.
+
+Mesh axes: ``data`` splits the batch; ``fsdp`` splits the batch and the weights, which are gathered layer by layer
+(ZeRO stage 3, arXiv 1910.02054); ``tensor`` splits the matrix products inside a layer (Megatron, arXiv 1909.08053).
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mlcm_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# One dimension of a rule: no axis, one axis, or several that split it together.
+RuleAxes = Sequence[str | Sequence[str] | None]
+Rules = Sequence[tuple[str, RuleAxes]]
+
+# The first rule whose regular expression is found in the "/"-joined path names the axes of the array's LAST
+# dimensions, so that a kernel and the same kernel stacked by nn.scan share a rule, as do Dense and Conv kernels
+# ([..., in, out]). Along ``tensor`` a layer's first product splits its outputs and the second its inputs, so that
+# what lies between stays on its device and one sum over the devices ends the pair.
+RULES: Rules = (
+    (r"(^|/)(to_q|to_k|to_v|q_proj|k_proj|v_proj|query|key|value)/kernel$", ("fsdp", "tensor")),  # attention, in
+    (r"(^|/)(to_out_0|out_proj|proj_attn)/kernel$", ("tensor", "fsdp")),  # attention, out
+    (r"(^|/)(net_0/proj|fc1)/kernel$", ("fsdp", "tensor")),  # feed-forward, up
+    (r"(^|/)(net_2|fc2)/kernel$", ("tensor", "fsdp")),  # feed-forward, down
+    (r"(^|/)(conv2|linear_2)/kernel$", ("tensor", "fsdp")),  # second of a pair: resnets, time embedding
+    (r"(^|/)kernel$", ("fsdp", "tensor")),
+    (r"(^|/)down$", ("fsdp", None)),  # LoRA factors: never along the rank
+    (r"(^|/)up$", (None, "fsdp")),
+    (r"(^|/)embedding$", ("tensor", "fsdp")),
+    (r"(^|/)(scale|bias)$", ("fsdp",)),
+)
+
+# Smaller arrays are replicated whatever the rules say: at 64 kB in float32 a collective costs its latency, more than
+# a copy on every device is worth. These are the norms, most biases and small LoRA factors.
+MIN_SHARDED_SIZE = 2**14
+
+
+def make_mesh(mesh_config: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of ``mesh_config``, {"data": -1, "fsdp": 1, "tensor": 1}: devices along each axis, -1 for what is left.
+
+    devices: those to use, also of a topology that is only compiled for; None for all of this run's.
+    Raises UserError for an unknown or missing axis, a size that cannot be, and a product that is not the number of
+    devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = dict(mesh_config)
+    if set(sizes) != set(AXES):
+        raise UserError(f"config.mesh has the axes {', '.join(sizes)}: it needs {', '.join(AXES)}, and no others.")
+    for axis, size in sizes.items():
+        if not isinstance(size, int) or (size < 1 and size != -1):
+            raise UserError(f"config.mesh.{axis}={size!r} cannot be: use a number of devices, or -1 for those left.")
+    open_axes = [axis for axis in AXES if sizes[axis] == -1]
+    if len(open_axes) > 1:
+        raise UserError(f"config.mesh has -1 for {' and '.join(open_axes)}: only one axis can take what is left.")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if open_axes and len(devices) % fixed == 0:
+        sizes[open_axes[0]] = len(devices) // fixed
+    if math.prod(sizes[axis] for axis in AXES) != len(devices):
+        described = " x ".join(f"{axis} {mesh_config[axis]}" for axis in AXES)
+        raise UserError(
+            f"config.mesh {described} does not fit {len(devices)} device{'s' * (len(devices) != 1)}: "
+            f"the product of the axes must be the number of devices."
+        )
+    shape = tuple(sizes[axis] for axis in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """Arrays whose first axis is the batch: split over ``data`` and ``fsdp``."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def param_shardings(
+    shapes_tree: Any,
+    mesh: Mesh | AbstractMesh,
+    rules: Rules = RULES,
+    *,
+    min_size: int = MIN_SHARDED_SIZE,
+) -> Any:
+    """A NamedSharding for each array (or ShapeDtypeStruct) of a tree, by the first rule that its path matches.
+
+    Serves every tree that repeats the parameters' paths: parameters, LoRA factors, moving averages, optimizer and
+    train states. An axis that does not divide its dimension moves to the largest of the rule's other dimensions that
+    it does divide, one without an axis before one with, the later of two equal ones; where there is none, the array
+    is replicated along that axis. Dimensions in front of the rule's, such as a stack's layers, are never split.
+    Arrays of fewer than ``min_size`` elements and those that no rule matches are replicated.
+
+    Raises UserError for a rule that is not a regular expression, that names an unknown axis, or that has more
+    dimensions than an array it matches.
+    """
+    compiled = [_compile(pattern, axes, mesh) for pattern, axes in rules]
+
+    def sharding(key_path, leaf) -> NamedSharding:
+        path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+        axes = next((axes for pattern, axes in compiled if pattern.search(path)), None)
+        if axes is None or math.prod(leaf.shape) < min_size:
+            return NamedSharding(mesh, PartitionSpec())
+        if len(axes) > len(leaf.shape):
+            raise UserError(
+                f"The sharding rule for {path} names {len(axes)} dimensions, but the array has the shape "
+                f"{tuple(leaf.shape)}: put a rule that fits it first in config.sharding_rules."
+            )
+        return NamedSharding(mesh, PartitionSpec(*_place(axes, leaf.shape, mesh.shape)))
+
+    return jax.tree_util.tree_map_with_path(sharding, shapes_tree)
+
+
+def _compile(pattern: str, axes: RuleAxes, mesh: Mesh | AbstractMesh) -> tuple[re.Pattern, list[tuple[str, ...]]]:
+    """The rule with its pattern compiled and the axes of each dimension as a tuple, without those of one device."""
+    try:
+        compiled = re.compile(pattern)
+    except re.error as e:
+        raise UserError(f"The sharding rule {pattern!r} is not a regular expression ({e}).") from None
+    entries = [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in axes]
+    named = [axis for entry in entries for axis in entry]
+    unknown = [axis for axis in named if axis not in mesh.shape]
+    if unknown:
+        raise UserError(f"The sharding rule {pattern!r} names the axis {unknown[0]!r}: use {', '.join(mesh.shape)}.")
+    if len(set(named)) < len(named):
+        raise UserError(f"The sharding rule {pattern!r} names an axis twice: an axis can split only one dimension.")
+    return compiled, [tuple(axis for axis in entry if mesh.shape[axis] > 1) for entry in entries]
+
+
+def _place(
+    axes: Sequence[tuple[str, ...]], shape: tuple[int, ...], sizes: Mapping[str, int]
+) -> list[tuple[str, ...] | None]:
+    """Axes of each dimension of ``shape``, after moving those that do not divide theirs."""
+    placed: list[tuple[str, ...]] = [()] * len(shape)
+    first = len(shape) - len(axes)
+
+    def fits(dim: int, axis: str) -> bool:
+        return shape[dim] % (sizes[axis] * math.prod(sizes[a] for a in placed[dim])) == 0
+
+    displaced = []
+    for dim, entry in enumerate(axes, first):
+        for axis in entry:
+            if fits(dim, axis):
+                placed[dim] += (axis,)
+            else:
+                displaced.append(axis)
+    for axis in displaced:
+        candidates = [dim for dim in range(first, len(shape)) if fits(dim, axis)]
+        if candidates:
+            target = max(candidates, key=lambda dim: (not placed[dim], shape[dim], dim))
+            placed[target] += (axis,)
+    return [entry or None for entry in placed]
+
+
+def sharded_fraction(tree: Any) -> float:
+    """Share of the elements in arrays that are split; leaves are arrays or ShapeDtypeStructs with shardings."""
+    leaves = jax.tree.leaves(tree)
+    total = sum(math.prod(leaf.shape) for leaf in leaves)
+    return sum(math.prod(leaf.shape) for leaf in leaves if not leaf.sharding.is_fully_replicated) / total
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes that one device holds of the tree; leaves are arrays or ShapeDtypeStructs with shardings."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
