@@ -43,10 +43,10 @@ RULES: Rules = (
 MIN_SHARDED_SIZE = 2**14
 
 
-def make_mesh(mesh_config: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(mesh_config: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of ``mesh_config``, {"data": -1, "fsdp": 1, "tensor": 1}: devices along each axis, -1 for what is left.
 
-    devices: those to use, also of a topology that is only compiled for; None for all of this run's.
+    devices: jax devices to use, also those of a topology that is only compiled for; None: all that there are.
     Raises UserError for an unknown or missing axis, a size that cannot be, and a product that is not the number of
     devices.
     """
