@@ -23,19 +23,15 @@ Rules = Sequence[tuple[str, RuleAxes]]
 
 # The first rule whose regular expression is found in the "/"-joined path names the axes of the array's LAST
 # dimensions, so that a kernel and the same kernel stacked by nn.scan share a rule, as do Dense and Conv kernels
-# ([..., in, out]). Along ``tensor`` a layer's first product splits its outputs and the second its inputs, so that
+# ([..., in, out]). Along ``tensor`` the first product of a pair splits its outputs and the second its inputs, so that
 # what lies between stays on its device and one sum over the devices ends the pair.
 RULES: Rules = (
-    (r"(^|/)(to_q|to_k|to_v|q_proj|k_proj|v_proj|query|key|value)/kernel$", ("fsdp", "tensor")),  # attention, in
-    (r"(^|/)(to_out_0|out_proj|proj_attn)/kernel$", ("tensor", "fsdp")),  # attention, out
-    (r"(^|/)(net_0/proj|fc1)/kernel$", ("fsdp", "tensor")),  # feed-forward, up
-    (r"(^|/)(net_2|fc2)/kernel$", ("tensor", "fsdp")),  # feed-forward, down
-    (r"(^|/)(conv2|linear_2)/kernel$", ("tensor", "fsdp")),  # second of a pair: resnets, time embedding
+    (r"(^|/)(to_out_0|out_proj|net_2|fc2|conv2|linear_2)/kernel$", ("tensor", "fsdp")),  # second of a pair
     (r"(^|/)kernel$", ("fsdp", "tensor")),
-    (r"(^|/)down$", ("fsdp", None)),  # LoRA factors: never along the rank
-    (r"(^|/)up$", (None, "fsdp")),
     (r"(^|/)embedding$", ("tensor", "fsdp")),
     (r"(^|/)(scale|bias)$", ("fsdp",)),
+    (r"(^|/)down$", ("fsdp", None)),  # LoRA factors: never along the rank
+    (r"(^|/)up$", (None, "fsdp")),
 )
 
 # Smaller arrays are replicated whatever the rules say: at 64 kB in float32 a collective costs its latency, more than

@@ -1,5 +1,9 @@
 """Meshes and placements on fake devices: rules, moved axes, whole states and the full-size SDXL UNet."""
 
+import json
+import math
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +13,13 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from mlcm_jax import sharding
 from mlcm_jax.errors import UserError
+from mlcm_jax.hub.pipeline import network_shapes
+from mlcm_jax.models.clip import CLIPTextModel
+from mlcm_jax.models.unet import UNet2DConditionModel
+from mlcm_jax.models.vae import AutoencoderKL
 from mlcm_jax.train import state as train_state
+
+SDXL = Path(__file__).resolve().parents[1] / "configs" / "architectures" / "sdxl"
 
 
 def mesh_of(data=1, fsdp=1, tensor=1):
@@ -204,3 +214,34 @@ def test_placement_and_computation_on_eight_devices(devices):
     grads = jax.jit(jax.grad(loss), out_shardings=jax.tree.map(lambda p: p.sharding, placed))(placed, batch)
     for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(jax.grad(loss)(params, x)), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def sdxl_unet():
+    config = json.loads((SDXL / "unet" / "config.json").read_text())
+    shapes = network_shapes(UNet2DConditionModel.from_config(config), config)
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == 2_567_463_684
+    return shapes
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"fsdp": 16}, {"data": 2, "fsdp": 64}, {"fsdp": 4, "tensor": 2}])
+def test_the_sdxl_unet_is_sharded(sdxl_unet, axes):
+    """A device holds its even share of the 10.3 GB and little more."""
+    placed = with_shardings(sdxl_unet, mesh_of(**axes))
+    assert sharding.sharded_fraction(placed) >= 0.999
+    even_share = 2_567_463_684 * 4 / (axes["fsdp"] * axes.get("tensor", 1))
+    # what is replicated below the size limit, 4 MB, weighs more where the share is small
+    assert even_share <= sharding.bytes_per_device(placed) <= 1.001 * even_share + 4e6
+    for path, leaf in jax.tree_util.tree_leaves_with_path(placed):
+        if math.prod(leaf.shape) >= sharding.MIN_SHARDED_SIZE:
+            assert not leaf.sharding.is_fully_replicated, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize(
+    ("folder", "network"),
+    [("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModel), ("vae", AutoencoderKL)],
+)
+def test_the_other_networks_are_sharded(folder, network):
+    config = json.loads((SDXL / folder / "config.json").read_text())
+    placed = with_shardings(network_shapes(network.from_config(config), config), mesh_of(fsdp=8))
+    assert sharding.sharded_fraction(placed) >= 0.99
