@@ -122,15 +122,21 @@ def shards(folder, edit=None):
 
 
 def test_sharding(folder, shapes):
-    mesh = Mesh(np.array(jax.devices()[:1]), ("fsdp",))
+    mesh = Mesh(np.array(jax.devices()[:2]), ("fsdp",))
     one = NamedSharding(mesh, PartitionSpec())
     params = load_params(shapes, folder, shardings=one)
     assert all(leaf.sharding == one for leaf in jax.tree.leaves(params))
-    rows = NamedSharding(mesh, PartitionSpec("fsdp"))
-    tree = jax.tree.map(lambda s: rows if s.ndim > 1 else one, shapes)
-    for leaf in jax.tree.leaves(load_params(shapes, folder, shardings=tree)):
-        assert leaf.sharding == (rows if leaf.ndim > 1 else one)
+    split = NamedSharding(mesh, PartitionSpec(None, None, None, "fsdp"))
+    tree = jax.tree.map(lambda s: split if s.ndim == 4 and s.shape[3] % 2 == 0 else one, shapes)
+    halves = load_params(shapes, folder, shardings=tree)
+    jax.tree.map(assert_sharded, halves, tree)
+    assert halves["encoder"]["conv_in"]["kernel"].addressable_shards[1].data.shape == (3, 3, 3, 8)
+    assert_same_trees(halves, params)
     assert_same_trees(params, load_params(shapes, folder))
+
+
+def assert_sharded(leaf, sharding):
+    assert leaf.sharding == sharding
 
 
 def test_position_ids_are_ignored_and_only_they(folder, shapes):
