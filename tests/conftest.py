@@ -1,0 +1,24 @@
+"""What all tests share: the default backend, run-time shape checks and strict array arithmetic."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported; JAX_PLATFORMS=cuda runs the gpu tests
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"  # for meshes
+
+import hypothesis
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+# Shapes and dtypes in the signatures of these packages are checked at each call (at trace time under jit).
+install_import_hook(("mlcm_jax.diffusion", "mlcm_jax.distill", "mlcm_jax.sampling"), "beartype.beartype")
+
+hypothesis.settings.register_profile("tests", deadline=None, max_examples=50, derandomize=True)
+hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture
+def strict_arrays():
+    """No silent broadcasting across ranks, no silent promotion between dtypes."""
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
