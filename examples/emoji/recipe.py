@@ -57,6 +57,131 @@ VAE_CONFIG = {
 }
 
 
+CLIP = _training(
+    num_steps=700,
+    batch_size=96,
+    ema_decay=0.99,
+    checkpoint_every=250,
+    optim={"weight_decay": 0.1, "b2": 0.98},
+)
+
+_TEXT = {
+    "model_type": "clip_text_model",
+    "vocab_size": 2048,
+    "max_position_embeddings": 24,
+    "layer_norm_eps": 1e-5,
+    "projection_dim": 128,
+    "bos_token_id": 2046,
+    "eos_token_id": 2047,
+    "pad_token_id": 2047,
+}
+# As SDXL's two: the first with quick_gelu and without a projection, the second wider, with gelu and a projection.
+TEXT_CONFIG = {
+    **_TEXT,
+    "architectures": ["CLIPTextModel"],
+    "hidden_act": "quick_gelu",
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+}
+TEXT_2_CONFIG = {
+    **_TEXT,
+    "architectures": ["CLIPTextModelWithProjection"],
+    "hidden_act": "gelu",
+    "hidden_size": 192,
+    "intermediate_size": 768,
+    "num_attention_heads": 6,
+    "num_hidden_layers": 4,
+}
+SCORER_CONFIG = {
+    "architectures": ["CLIPModel"],
+    "model_type": "clip",
+    "projection_dim": 128,
+    "logit_scale_init_value": 2.6592,
+    "text_config": {k: v for k, v in TEXT_2_CONFIG.items() if k != "architectures"},
+    "vision_config": {
+        "model_type": "clip_vision_model",
+        "hidden_act": "gelu",
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 4,
+        "image_size": IMAGE_SIZE,
+        "patch_size": 8,
+        "num_channels": 3,
+        "layer_norm_eps": 1e-5,
+        "projection_dim": 128,
+    },
+}
+CLIP_PREPROCESSOR = {
+    "image_processor_type": "CLIPImageProcessor",
+    "size": {"shortest_edge": IMAGE_SIZE},
+    "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+    "resample": 3,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+
+UNET = _training(
+    num_steps=6000,
+    batch_size=32,
+    ema_decay=0.999,
+    sample_every=250,
+    checkpoint_every=250,
+    optim={"learning_rate": 6e-4, "warmup_steps": 200},
+)
+
+UNET_CONFIG = {
+    "_class_name": "UNet2DConditionModel",
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [64, 96, 128],
+    "layers_per_block": 1,
+    "transformer_layers_per_block": [1, 1, 2],
+    "attention_head_dim": [2, 3, 4],
+    "cross_attention_dim": 320,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 32,
+    "projection_class_embeddings_input_dim": 320,
+    "norm_num_groups": 16,
+    "act_fn": "silu",
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "norm_eps": 1e-5,
+}
+
+SCHEDULER_CONFIG = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "prediction_type": "epsilon",
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 0,
+}
+
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionXLPipeline",
+    "force_zeros_for_empty_prompt": True,
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
 def config_flag(default: ConfigDict):
     """The --config.KEY=VALUE flags of one training."""
     return config_flags.DEFINE_config_dict("config", default)

@@ -8,6 +8,7 @@ from jaxtyping import Array, Int
 
 from mlcm_jax.diffusion.schedule import Schedule
 from mlcm_jax.diffusion.solvers import ddim_step
+from mlcm_jax.distill.segments import LAST_TIMESTEP
 from mlcm_jax.types import Latents, Timesteps
 
 # guided prediction of the clean latents: (latents, timesteps) -> x0
@@ -15,14 +16,14 @@ PredictX0 = Callable[[Latents, Timesteps], Latents]
 
 
 def denoising_timesteps(
-    t_m: Timesteps, t_n: Timesteps, num_jumps: Int[Array, ""], max_jumps: int, start: int
+    t_m: Timesteps, t_n: Timesteps, num_jumps: Int[Array, ""], max_jumps: int
 ) -> Int[Array, "jumps n"]:
-    """The times that a trajectory visits: ``start``, ``num_jumps`` equal jumps to t_m, and one more to t_n.
+    """The times that a trajectory visits: 999, then ``num_jumps`` equal jumps to t_m, and one more to t_n.
 
     Rows after those repeat t_n; there are max_jumps + 2 rows, so that shapes do not depend on num_jumps.
     """
     j = jnp.arange(max_jumps + 2, dtype=jnp.int32)[:, None]
-    to_state = start - (start - t_m)[None, :] * jnp.minimum(j, num_jumps) // num_jumps
+    to_state = LAST_TIMESTEP - (LAST_TIMESTEP - t_m)[None, :] * jnp.minimum(j, num_jumps) // num_jumps
     return jnp.where(j <= num_jumps, to_state, t_n[None, :])
 
 

@@ -198,7 +198,7 @@ def read_array(reader: TensorReader, path: names.Path, file_names: list[str], dt
     layers = (names.to_flax(path, reader.read(name)) for name in file_names)
     first = next(layers)
     if not names.is_stacked(path):
-        return np.ascontiguousarray(first.astype(dtype, copy=False))
+        return np.asarray(first, dtype, order="C")
     stack = np.empty((len(file_names), *first.shape), dtype)
     stack[0] = first
     for i, layer in enumerate(layers, start=1):

@@ -1,0 +1,34 @@
+"""Distil SDXL 1.0 at 1024 px with the paper's settings (MLCM stage 1, arXiv 2406.05768, section 5).
+
+    python launch/train.py --config=configs/sdxl.py:lora --workdir=gs://bucket/sdxl --config.prompts=prompts.txt
+    python launch/compile.py --config=configs/sdxl.py --topology=v5e:4x4
+
+":lora" (the paper's: rank 64) or ":full" (all 2.57 B weights, sharded over the fsdp axis; the default).
+Hardware: a TPU v5e 4x4 slice or larger; memory of a step: docs/scale.md. Time and quality have not been measured here.
+prompts: any text file, one prompt a line; the paper took LAION-Aesthetics 6+ captions.
+"""
+
+from ml_collections import ConfigDict
+
+from mlcm_jax.config import base
+from mlcm_jax.errors import UserError
+
+VARIANTS = ("full", "lora")
+
+
+def get_config(variant: str = "full") -> ConfigDict:
+    if variant not in VARIANTS:
+        raise UserError(f"configs/sdxl.py has no variant {variant!r}: use one of {', '.join(VARIANTS)}.")
+    config = base()
+    config.teacher = "stabilityai/stable-diffusion-xl-base-1.0"
+    config.architecture = "configs/architectures/sdxl"
+    config.prompts = "examples/prompts.txt"
+    config.trainable = variant
+    config.num_segments = 8
+    config.guidance_scale = 8.0
+    config.num_steps = 12_000
+    config.batch_size = 16
+    config.optim.learning_rate = 1e-4 if variant == "lora" else 1e-5
+    config.mesh.data, config.mesh.fsdp = 1, -1
+    config.sample.prompts = "examples/prompts.txt"
+    return config

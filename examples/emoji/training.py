@@ -1,0 +1,40 @@
+"""What the three trainings share: one update with a moving average, and the weights' file names."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from mlcm_jax.train import rng
+from mlcm_jax.train.optim import make_optimizer, update_ema
+from mlcm_jax.train.state import TrainState, create
+from mlcm_jax.types import Params
+
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+TRANSFORMERS_WEIGHTS = "model.safetensors"
+
+# (params, batch, random key) -> loss and further metrics
+LossFn = Callable[[Params, Any, jax.Array], tuple[Float[Array, ""], dict[str, jax.Array]]]
+
+
+def start(params: Params, loss_fn: LossFn, config: ConfigDict):
+    """The first state and the jit-ed update (state, batch) -> (state, metrics) that minimises ``loss_fn``."""
+    optimizer = make_optimizer(config.optim, config.num_steps)
+
+    @jax.jit
+    def step(state: TrainState, batch):
+        key = rng.stream(config.seed, "loss", state.step)
+        (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(config.ema_decay, (state.step + 1.0) / (state.step + 10.0))
+        return TrainState(state.step + 1, params, opt_state, update_ema(state.ema, params, decay)), {
+            "loss": loss,
+            **aux,
+        }
+
+    return create(params, optimizer, with_ema=True), step

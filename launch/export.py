@@ -1,0 +1,23 @@
+"""Export a run's student: python launch/export.py --workdir=runs/emoji --format=diffusers --out=DIR."""
+
+import jax.numpy as jnp
+from absl import flags
+
+from mlcm_jax.cli import run_main
+from mlcm_jax.export import FORMATS, export
+from mlcm_jax.train.run import restore
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+FORMAT = flags.DEFINE_enum("format", "diffusers", FORMATS, "A whole pipeline folder, or a LoRA file.")
+OUT = flags.DEFINE_string("out", None, "Folder to write to.", required=True)
+DTYPE = flags.DEFINE_enum("dtype", "float16", ["float32", "float16", "bfloat16"], "Of the written tensors.")
+
+
+def main():
+    config, pipeline, trained = restore(WORKDIR.value)
+    export(pipeline, trained, config, OUT.value, format=FORMAT.value, dtype=jnp.dtype(DTYPE.value))
+    print(f"Wrote {OUT.value}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,86 @@
+"""Draw pictures with any diffusers folder: python launch/sample.py --model=DIR --prompt="red heart, noto style".
+
+The folder's own scheduler decides the sampler. Several pictures (several --prompt, or several latents in --latents)
+come as one grid.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from mlcm_jax.cli import run_main
+from mlcm_jax.conditioning import encode_prompts, unconditional
+from mlcm_jax.errors import UserError
+from mlcm_jax.generate import decode, draw_noise, sample_latents
+from mlcm_jax.hub.pipeline import Pipeline, load_pipeline
+from mlcm_jax.images import image_grid
+from mlcm_jax.sampling import step_table
+
+MODEL = flags.DEFINE_string("model", None, "Diffusers folder or hub id.", required=True)
+PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; give it again for more pictures.", required=True)
+STEPS = flags.DEFINE_integer("steps", 4, "Sampling steps.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial noise.")
+GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "Default: 1 (none) for distilled models, 5 for others.")
+IMAGE_SIZE = flags.DEFINE_integer("image_size", 0, "Height and width in pixels; 0: what the model was trained on.")
+LATENTS = flags.DEFINE_string("latents", None, "Initial noise, .npy, float32 [N, 4, h, w], as diffusers takes it.")
+SAVE_LATENTS = flags.DEFINE_string("save_latents", None, "Where to write the initial noise, .npy.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the UNet's and text encoders' arithmetic.")
+OUT = flags.DEFINE_string("out", "sample.png", "The picture.")
+
+DISTILLED = ("TCDScheduler", "LCMScheduler")
+
+
+def initial_noise(pipeline: Pipeline, num_prompts: int) -> jax.Array:
+    """Noise [N, h, w, c] from --latents or --seed."""
+    unet, downscale = pipeline.unet.config, 2 ** (len(pipeline.vae.config["block_out_channels"]) - 1)
+    channels = unet.get("in_channels", 4)
+    if LATENTS.value is None:
+        side = IMAGE_SIZE.value // downscale or unet["sample_size"]
+        return draw_noise(SEED.value, num_prompts, (side, side, channels))
+    try:
+        latents = np.load(LATENTS.value, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--latents={LATENTS.value} is not a readable .npy file of numbers ({error}).") from None
+    if latents.ndim != 4 or latents.shape[1] != channels or latents.dtype != np.float32:
+        raise UserError(
+            f"--latents={LATENTS.value} holds {latents.dtype} {list(latents.shape)}: it must be float32 "
+            f"[N, {channels}, h, w]."
+        )
+    if num_prompts not in (1, len(latents)):
+        raise UserError(f"--latents={LATENTS.value} is for {len(latents)} pictures, and there are {num_prompts} prompts.")
+    return jnp.asarray(latents.transpose(0, 2, 3, 1))
+
+
+def main():
+    pipeline = load_pipeline(MODEL.value, dtype=jnp.dtype(DTYPE.value))
+    step_table(pipeline.scheduler_config, STEPS.value)  # answers a wrong --steps before anything is compiled
+    noise = initial_noise(pipeline, len(PROMPT.value))
+    n, height, _, _ = noise.shape
+    if SAVE_LATENTS.value:
+        np.save(SAVE_LATENTS.value, np.asarray(noise).transpose(0, 3, 1, 2))
+    image_size = height * 2 ** (len(pipeline.vae.config["block_out_channels"]) - 1)
+    prompts = PROMPT.value if len(PROMPT.value) == n else PROMPT.value * n
+    default_scale = 1.0 if pipeline.scheduler_config["_class_name"] in DISTILLED else 5.0
+    latents = sample_latents(
+        pipeline.unet,
+        pipeline.scheduler_config,
+        noise,
+        encode_prompts(pipeline, prompts, image_size),
+        unconditional(pipeline, n, image_size),
+        guidance_scale=default_scale if GUIDANCE_SCALE.value is None else GUIDANCE_SCALE.value,
+        num_steps=STEPS.value,
+        rng=jax.random.fold_in(jax.random.key(SEED.value), 1),
+    )
+    images = decode(pipeline.vae, latents)
+    out = Path(OUT.value)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(images[0] if n == 1 else image_grid(images, columns=min(n, 8))).save(out)
+    print(f"{out}: {n} picture{'s' if n > 1 else ''}, {STEPS.value} steps of {pipeline.scheduler_config['_class_name']}")
+
+
+if __name__ == "__main__":
+    run_main(main)

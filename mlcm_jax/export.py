@@ -1,0 +1,66 @@
+"""The trained student as others use it: a whole diffusers folder, or a LoRA file for one."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from mlcm_jax.diffusion.scheduler_config import NUM_TRAIN_TIMESTEPS, read_noise_config
+from mlcm_jax.errors import UserError
+from mlcm_jax.hub.lora import save_lora
+from mlcm_jax.hub.pipeline import Network, Pipeline, save_pipeline
+from mlcm_jax.hub.save import write_json
+from mlcm_jax.models import lora
+from mlcm_jax.types import Params
+
+FORMATS = ("diffusers", "lora")
+NOISE_KEYS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "prediction_type")
+
+
+def student_scheduler_config(teacher_config: dict[str, Any]) -> dict[str, Any]:
+    """The TCDScheduler whose M steps are the edges of M segments, on the teacher's noise schedule.
+
+    diffusers' TCDScheduler steps over every timestep (original_inference_steps=1000) to the edges of
+    distill/segments.py; its default of 50 would miss them. The pipeline's default eta = 0 keeps it deterministic.
+    """
+    values = read_noise_config(teacher_config)
+    noise = {key: values[key] for key in NOISE_KEYS}
+    return {
+        "_class_name": "TCDScheduler",
+        "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
+        "original_inference_steps": NUM_TRAIN_TIMESTEPS,
+        **noise,
+    }
+
+
+def student_unet(teacher: Network, trained: Params, config: ConfigDict) -> Network:
+    """The student as one network: its own weights, or the teacher's with the low-rank factors folded in."""
+    if config.trainable == "full":
+        return dataclasses.replace(teacher, params=trained)
+    scaled = lora.scaled(trained, config.lora.alpha, config.lora.rank)
+    return dataclasses.replace(teacher, params=lora.merge(teacher.params, scaled))
+
+
+def export(
+    pipeline: Pipeline, trained: Params, config: ConfigDict, folder: str | Path, *, format: str, dtype: Any = jnp.float16
+) -> None:
+    """Write the student to ``folder``.
+
+    pipeline: the teacher. trained: the run's parameters. dtype: of the written tensors.
+    format: "diffusers", a pipeline folder whose TCDScheduler walks the edges that the student was trained on, or
+    "lora", pytorch_lora_weights.safetensors with that scheduler's config beside it.
+    Raises UserError for another format, and for a LoRA of a run that trained all weights.
+    """
+    if format not in FORMATS:
+        raise UserError(f"--format={format} is unknown: use one of {', '.join(FORMATS)}.")
+    scheduler_config = student_scheduler_config(pipeline.scheduler_config)
+    if format == "diffusers":
+        student = dataclasses.replace(pipeline, unet=student_unet(pipeline.unet, trained, config))
+        save_pipeline(student, folder, dtype=dtype, scheduler_config=scheduler_config)
+        return
+    if config.trainable != "lora":
+        raise UserError("This run trained all weights, so there is no LoRA to export: use --format=diffusers.")
+    save_lora(lora.scaled(trained, config.lora.alpha, config.lora.rank), folder, dtype=dtype)
+    write_json(scheduler_config, Path(folder) / "scheduler_config.json")

@@ -1,0 +1,99 @@
+"""diffusers' Transformer2DModel: self-attention, attention to the prompt's states, gated feed-forward."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mlcm_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm, dot_product_attention
+
+
+class Attention(nn.Module):
+    """Multi-head attention of ``x`` to ``context``; queries, keys and values have no bias."""
+
+    heads: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n t d"], context: Float[Array, "n s e"]) -> Float[Array, "n t d"]:
+        width = x.shape[-1]
+        q = Dense(width, use_bias=False, dtype=self.dtype, name="to_q")(x)
+        k = Dense(width, use_bias=False, dtype=self.dtype, name="to_k")(context)
+        v = Dense(width, use_bias=False, dtype=self.dtype, name="to_v")(context)
+        return Dense(width, dtype=self.dtype, name="to_out_0")(dot_product_attention(q, k, v, self.heads))
+
+
+class GEGLU(nn.Module):
+    """x W * gelu(x V) with the exact, erf form of GELU (arXiv 2002.05202)."""
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n t d"]) -> Float[Array, "n t f"]:
+        hidden, gate = jnp.split(Dense(2 * self.features, dtype=self.dtype, name="proj")(x), 2, axis=-1)
+        return hidden * jax.nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nn.Module):
+    """Gated hidden layer of four times the width."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
+        width = x.shape[-1]
+        return Dense(width, dtype=self.dtype, name="net_2")(GEGLU(4 * width, self.dtype, name="net_0")(x))
+
+
+class BasicTransformerBlock(nn.Module):
+    """Pre-norm block, in the form that nn.scan takes."""
+
+    heads: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n t d"], context: Float[Array, "n s e"]):
+        h = LayerNorm(dtype=self.dtype, name="norm1")(x)
+        x = x + Attention(self.heads, self.dtype, name="attn1")(h, h)
+        h = LayerNorm(dtype=self.dtype, name="norm2")(x)
+        x = x + Attention(self.heads, self.dtype, name="attn2")(h, context)
+        h = LayerNorm(dtype=self.dtype, name="norm3")(x)
+        return x + FeedForward(self.dtype, name="ff")(h), None
+
+
+class Transformer2DModel(nn.Module):
+    """A stack of transformer blocks over all positions, with a norm before and a residual around it.
+
+    The stack runs under nn.scan: it is compiled once, however deep it is.
+    """
+
+    num_layers: int
+    heads: int
+    groups: int
+    use_linear_projection: bool
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], context: Float[Array, "n s e"]) -> Float[Array, "n h w c"]:
+        n, height, width, c = x.shape
+        tokens = GroupNorm(self.groups, 1e-6, self.dtype, name="norm")(x)
+        tokens = self._project("proj_in", tokens).reshape(n, height * width, c)
+        block = nn.remat(BasicTransformerBlock, prevent_cse=False) if self.remat else BasicTransformerBlock
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.num_layers,
+        )
+        tokens, _ = blocks(self.heads, self.dtype, name="transformer_blocks")(tokens, context)
+        return x + self._project("proj_out", tokens.reshape(x.shape))
+
+    def _project(self, name: str, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+        """A linear layer and a 1x1 convolution are the same map; their weights differ in shape."""
+        c = x.shape[-1]
+        if self.use_linear_projection:
+            return Dense(c, dtype=self.dtype, name=name)(x)
+        return Conv(c, kernel_size=1, padding=0, dtype=self.dtype, name=name)(x)

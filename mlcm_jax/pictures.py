@@ -1,0 +1,59 @@
+"""The grids and plots that a run leaves behind."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
+
+
+def labelled_grid(columns: Mapping[str, UInt8[np.ndarray, "n H W 3"]], *, blocks: int = 1) -> UInt8[np.ndarray, "H W 3"]:
+    """A row for each picture, a column for each label; the rows are set in ``blocks`` side by side."""
+    names, images = list(columns), np.stack(list(columns.values()), axis=1)
+    zoom = max(1, 96 // images.shape[2])
+    images = images.repeat(zoom, axis=2).repeat(zoom, axis=3)
+    n, count, height, width, _ = images.shape
+    rows, gap, header = -(-n // blocks), 4, 28
+    block_width = count * (width + gap) + 4 * gap
+    canvas = Image.new("RGB", (blocks * block_width, header + rows * (height + gap)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i in range(n):
+        block, row = divmod(i, rows)
+        for column, name in enumerate(names):
+            x, y = block * block_width + column * (width + gap), header + row * (height + gap)
+            canvas.paste(Image.fromarray(images[i, column]), (x, y))
+            if row == 0:
+                draw.text((x + 2, 2), name.replace(" ", "\n", 1), fill="black")
+    return np.asarray(canvas)
+
+
+def plot_loss(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
+    """The loss against the step, with its running mean."""
+    steps, losses = (np.array([m[key] for m in metrics]) for key in ("step", "loss"))
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(steps, losses, alpha=0.35, label="loss of the step")
+    window = max(1, len(losses) // 20)
+    mean = np.convolve(losses, np.ones(window) / window, mode="valid")
+    axes.plot(steps[window - 1 :], mean, label=f"mean of {window} logged steps")
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_closeness(student: Mapping[int, float], teacher: Mapping[int, float], reference: str, path: Path) -> None:
+    """Mean squared latent distance to the reference against the number of steps, for student and teacher."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for label, values, style in (("student", student, "o-"), ("teacher", teacher, "s--")):
+        axes.plot(list(values), list(values.values()), style, label=label)
+    axes.set(xlabel="sampling steps", ylabel=f"mean squared latent distance\nto the {reference}", ylim=(0, None))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({*student, *teacher}), labels=[str(n) for n in sorted({*student, *teacher})])
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

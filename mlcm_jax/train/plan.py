@@ -1,0 +1,75 @@
+"""What a run is going to do, said before it starts: parameters, mesh, FLOPs a step, memory."""
+
+import dataclasses
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mlcm_jax.sharding import bytes_per_device, sharded_fraction
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Numbers of a run. Bytes are for one device and hold the arguments of a step; activations come on top."""
+
+    teacher: str
+    trainable: str
+    trained_parameters: int
+    frozen_parameters: int
+    mesh: dict[str, int]
+    devices: str
+    sharded_fraction: float
+    image_size: int
+    batch_size: int
+    num_steps: int
+    flops_per_step: float
+    state_bytes: int
+    frozen_bytes: int
+
+    def __str__(self) -> str:
+        mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items())
+        rows = {
+            "teacher": self.teacher,
+            "training": f"{self.trainable}: {_count(self.trained_parameters)} parameters, "
+            f"{_count(self.frozen_parameters)} frozen",
+            "devices": f"{self.devices}, mesh {mesh}, {self.sharded_fraction:.1%} of the UNet sharded",
+            "images": f"{self.image_size} x {self.image_size} px, {self.batch_size} prompts a step, "
+            f"{self.num_steps} steps",
+            "work": f"{self.flops_per_step / 1e12:.3g} TFLOP a step on average, "
+            f"{self.flops_per_step / self.batch_size / 1e12:.3g} an example",
+            "memory": f"{_bytes(self.state_bytes)} of trained weights and optimizer, {_bytes(self.frozen_bytes)} "
+            "frozen, on each device, before activations",
+        }
+        return "\n".join(f"{name:>10}  {text}" for name, text in rows.items())
+
+
+def make_plan(config: ConfigDict, mesh: Mesh, *, image_size: int, state, frozen, flops_per_step: float) -> Plan:
+    """Put the numbers together; state and frozen are trees of ShapeDtypeStructs with shardings."""
+    return Plan(
+        teacher=str(config.teacher),
+        trainable=config.trainable,
+        trained_parameters=_size(state.params),
+        frozen_parameters=_size(frozen.teacher),
+        mesh=dict(mesh.shape),
+        devices=f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+        sharded_fraction=sharded_fraction(frozen.teacher),
+        image_size=image_size,
+        batch_size=config.batch_size,
+        num_steps=config.num_steps,
+        flops_per_step=flops_per_step,
+        state_bytes=bytes_per_device(state),
+        frozen_bytes=bytes_per_device(frozen),
+    )
+
+
+def _size(tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _count(n: int) -> str:
+    return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
