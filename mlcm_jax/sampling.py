@@ -79,4 +79,4 @@ def timesteps(scheduler_config: dict[str, Any], num_steps: int) -> Int[np.ndarra
 
 def _weighted(weights: Float[Array, " k"], terms: tuple) -> Float[Array, "..."]:
     """Sum of the first k terms, each times its weight; 0 when k is 0."""
-    return sum((weights[j] * terms[j] for j in range(weights.shape[0])), jnp.float32(0))
+    return sum((weights[j] * terms[j] for j in range(weights.shape[0])), jnp.zeros(()))

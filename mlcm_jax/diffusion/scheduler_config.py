@@ -89,7 +89,6 @@ KNOWN_KEYS = {key for table in SCHEDULERS.values() for key in table} | {
     "sigma_max",
     "sigma_min",
     "time_shift_type",
-    "variance_type",
 }
 
 
