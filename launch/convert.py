@@ -1,5 +1,7 @@
 """Read a diffusers model into Flax and write it back: every tensor keeps its name, dtype and value.
 
+Names that only some versions use (hub/load.py, ALIASES) are written as all versions read them.
+
     python launch/convert.py --model=DIR --out=DIR2
 """
 
