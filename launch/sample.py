@@ -14,11 +14,11 @@ from PIL import Image
 
 from mlcm_jax.cli import run_main
 from mlcm_jax.conditioning import encode_prompts, unconditional
+from mlcm_jax.diffusion.samplers import step_table
 from mlcm_jax.errors import UserError
 from mlcm_jax.generate import decode, draw_noise, sample_latents
 from mlcm_jax.hub.pipeline import Pipeline, load_pipeline
 from mlcm_jax.images import image_grid
-from mlcm_jax.sampling import step_table
 
 MODEL = flags.DEFINE_string("model", None, "Diffusers folder or hub id.", required=True)
 PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; give it again for more pictures.", required=True)
@@ -51,7 +51,9 @@ def initial_noise(pipeline: Pipeline, num_prompts: int) -> jax.Array:
             f"[N, {channels}, h, w]."
         )
     if num_prompts not in (1, len(latents)):
-        raise UserError(f"--latents={LATENTS.value} is for {len(latents)} pictures, and there are {num_prompts} prompts.")
+        raise UserError(
+            f"--latents={LATENTS.value} is for {len(latents)} pictures, and there are {num_prompts} prompts."
+        )
     return jnp.asarray(latents.transpose(0, 2, 3, 1))
 
 
@@ -79,7 +81,9 @@ def main():
     out = Path(OUT.value)
     out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(images[0] if n == 1 else image_grid(images, columns=min(n, 8))).save(out)
-    print(f"{out}: {n} picture{'s' if n > 1 else ''}, {STEPS.value} steps of {pipeline.scheduler_config['_class_name']}")
+    print(
+        f"{out}: {n} picture{'s' if n > 1 else ''}, {STEPS.value} steps of {pipeline.scheduler_config['_class_name']}"
+    )
 
 
 if __name__ == "__main__":

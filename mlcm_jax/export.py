@@ -35,6 +35,16 @@ def student_scheduler_config(teacher_config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def ddim_scheduler_config(teacher_config: dict[str, Any]) -> dict[str, Any]:
+    """DDIM on the teacher's noise schedule, from timestep 999 down: the solver that a student is distilled from."""
+    return student_scheduler_config(teacher_config) | {
+        "_class_name": "DDIMScheduler",
+        "timestep_spacing": "trailing",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+    }
+
+
 def student_unet(teacher: Network, trained: Params, config: ConfigDict) -> Network:
     """The student as one network: its own weights, or the teacher's with the low-rank factors folded in."""
     if config.trainable == "full":
@@ -44,7 +54,13 @@ def student_unet(teacher: Network, trained: Params, config: ConfigDict) -> Netwo
 
 
 def export(
-    pipeline: Pipeline, trained: Params, config: ConfigDict, folder: str | Path, *, format: str, dtype: Any = jnp.float16
+    pipeline: Pipeline,
+    trained: Params,
+    config: ConfigDict,
+    folder: str | Path,
+    *,
+    format: str,
+    dtype: Any = jnp.float16,
 ) -> None:
     """Write the student to ``folder``.
 

@@ -9,10 +9,12 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
+import matplotlib.pyplot as plt
 
 
-def labelled_grid(columns: Mapping[str, UInt8[np.ndarray, "n H W 3"]], *, blocks: int = 1) -> UInt8[np.ndarray, "H W 3"]:
+def labelled_grid(
+    columns: Mapping[str, UInt8[np.ndarray, "n H W 3"]], *, blocks: int = 1
+) -> UInt8[np.ndarray, "H W 3"]:
     """A row for each picture, a column for each label; the rows are set in ``blocks`` side by side."""
     names, images = list(columns), np.stack(list(columns.values()), axis=1)
     zoom = max(1, 96 // images.shape[2])

@@ -8,18 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
-
 from batches import Batches
 from emoji_dataset.dataset import load_split
+from recipe import AUTOENCODER, VAE_CONFIG, config_flag
+
 from mlcm_jax.cli import run_main
 from mlcm_jax.hub.save import save_params
-from mlcm_jax.models.vae import AutoencoderKL
 from mlcm_jax.images import image_grid, to_float, to_uint8
+from mlcm_jax.models.vae import AutoencoderKL
 from mlcm_jax.train import rng
 from mlcm_jax.train.loop import run
 from mlcm_jax.train.optim import make_optimizer, update_ema
 from mlcm_jax.train.state import TrainState, create
-from recipe import AUTOENCODER, VAE_CONFIG, config_flag
 
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder that build_data.py wrote.", required=True)
 WORKDIR = flags.DEFINE_string("workdir", "runs/emoji_autoencoder", "Checkpoints, samples and metrics.")

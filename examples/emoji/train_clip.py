@@ -1,4 +1,4 @@
-"""Train the emoji text encoders: python examples/emoji/train_clip.py --data_dir=DIR --workdir=DIR --out=DIR --scorer=DIR.
+"""Train the emoji text encoders: examples/emoji/train_clip.py --data_dir=DIR --workdir=DIR --out=DIR --scorer=DIR.
 
 Two text towers are trained against one image tower, contrastively (CLIP, arXiv 2103.00020). The towers become the
 teacher's text_encoder and text_encoder_2; the second one and the image tower are kept together as the scorer.
@@ -15,7 +15,7 @@ import optax
 from absl import flags
 from batches import Batches
 from emoji_dataset.dataset import load_split
-from recipe import CLIP, CLIP_PREPROCESSOR, SCORER_CONFIG, TEXT_CONFIG, TEXT_2_CONFIG, config_flag
+from recipe import CLIP, CLIP_PREPROCESSOR, SCORER_CONFIG, TEXT_2_CONFIG, TEXT_CONFIG, config_flag
 from training import TRANSFORMERS_WEIGHTS, start
 
 from mlcm_jax.cli import run_main

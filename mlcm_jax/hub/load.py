@@ -92,9 +92,7 @@ class TensorReader:
         try:
             return safe_open(file, framework="np")
         except (SafetensorError, OSError) as e:
-            raise UserError(
-                f"{file} is not a complete safetensors file ({e}): copy or download it again."
-            ) from None
+            raise UserError(f"{file} is not a complete safetensors file ({e}): copy or download it again.") from None
 
     def _open_shards(self, index: Path):
         weight_map = read_json(index).get("weight_map")

@@ -138,16 +138,59 @@ def load_network(
       dtype: compute dtype of the module. param_dtype: of the parameters; None keeps the file's.
       shardings: called with the folder's name and the tree of shapes.
 
-    Raises UserError for a class or a setting that is not supported and as ``load_params`` does.
+    An autoencoder that asks for it (``force_upcast``, as diffusers reads it) computes in float32 and keeps the file's
+    dtype. Raises UserError for a class or a setting that is not supported and as ``load_params`` does.
     """
-    folder = Path(folder)
+    network = _describe(Path(folder), class_name, dtype)
+    if class_name == "AutoencoderKL" and network.module.config.force_upcast:
+        network, param_dtype = _describe(Path(folder), class_name, jnp.float32), None
+    placed = None if shardings is None else shardings(Path(folder).name, network.params)
+    params = load_params(network.params, folder, dtype=param_dtype, shardings=placed)
+    return dataclasses.replace(network, params=params)
+
+
+def _describe(folder: Path, class_name: str, dtype: Any) -> Network:
+    """A component by its config.json alone: its parameters are ShapeDtypeStructs."""
     _check_class(folder, class_name)
     config = read_json(folder / "config.json")
     spec = NETWORKS[class_name]
     module = getattr(importlib.import_module(spec.module), spec.attribute).from_config(config, dtype=dtype)
-    shapes = network_shapes(module, config)
-    placed = None if shardings is None else shardings(folder.name, shapes)
-    return Network(module, load_params(shapes, folder, dtype=param_dtype, shardings=placed), config)
+    return Network(module, network_shapes(module, config), config)
+
+
+def read_architecture(folder: str | Path, dtype: Any = jnp.float32) -> Pipeline:
+    """A pipeline by its config.json files alone: parameters are ShapeDtypeStructs, and there are no tokenizers.
+
+    A folder without weights will do. Raises UserError as ``load_pipeline`` does.
+    """
+    folder = resolve_folder(folder)
+    model_index = _read_model_index(folder)
+    encoders, _ = PIPELINES[model_index["_class_name"]]
+    return Pipeline(
+        unet=_describe(folder / "unet", model_index["unet"][1], dtype),
+        vae=_describe(folder / "vae", model_index["vae"][1], dtype),
+        text_encoders=tuple(_describe(folder / part, model_index[part][1], dtype) for part in encoders),
+        tokenizers=(),
+        scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json"),
+        model_index=model_index,
+        folder=folder,
+    )
+
+
+def conditioning_shapes(pipeline: Pipeline, n: int) -> TextConditioning:
+    """Shapes of what ``conditioning.encode_prompts`` makes of n prompts with this pipeline."""
+    encoders = [encoder.config for encoder in pipeline.text_encoders]
+    last, index = encoders[-1], pipeline.model_index
+    names, _ = PIPELINES[index["_class_name"]]
+    projected = index[names[-1]][1] == "CLIPTextModelWithProjection"
+    dtype = pipeline.text_encoders[-1].module.dtype
+    width = sum(config["hidden_size"] for config in encoders)
+    pooled = last["projection_dim"] if projected else last["hidden_size"]
+    return TextConditioning(
+        hidden_states=jax.ShapeDtypeStruct((n, last["max_position_embeddings"], width), dtype),
+        pooled=jax.ShapeDtypeStruct((n, pooled), dtype),
+        time_ids=jax.ShapeDtypeStruct((n, 6), jnp.float32),
+    )
 
 
 def load_tokenizer(folder: Path, class_name: str) -> Any:

@@ -1,4 +1,4 @@
-"""diffusers' UNet2DConditionModel (SDXL, arXiv 2307.01952; Stable Diffusion, arXiv 2112.10752), from its config.json."""
+"""diffusers' UNet2DConditionModel from its config.json (SDXL, arXiv 2307.01952; SD, arXiv 2112.10752)."""
 
 import dataclasses
 from typing import Any

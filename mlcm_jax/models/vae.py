@@ -1,4 +1,4 @@
-"""diffusers' AutoencoderKL: images in [-1, 1] to latents and back (Stable Diffusion's autoencoder, arXiv 2112.10752)."""
+"""diffusers' AutoencoderKL: images in [-1, 1] to latents and back (arXiv 2112.10752)."""
 
 import dataclasses
 from typing import Any
@@ -54,6 +54,7 @@ class VAEConfig:
     latent_channels: int
     norm_num_groups: int
     scaling_factor: float
+    force_upcast: bool
     use_quant_conv: bool
     use_post_quant_conv: bool
     mid_block_add_attention: bool
@@ -192,7 +193,3 @@ class AutoencoderKL(nn.Module):
         """Reconstruct images through the mean of their latents."""
         mean, _ = self.encode(images)
         return self.decode(mean)
-
-    def downscale(self) -> int:
-        """Pixels along one side of the image for each latent position."""
-        return 2 ** (len(self.config.block_out_channels) - 1)

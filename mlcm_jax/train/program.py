@@ -13,6 +13,7 @@ from mlcm_jax.diffusion.schedule import Schedule
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import Pipeline, conditioning_shapes
 from mlcm_jax.models import lora
+from mlcm_jax.models.unet import UNet2DConditionModel
 from mlcm_jax.train import rng
 from mlcm_jax.train.flops import count_flops
 from mlcm_jax.train.optim import make_optimizer
@@ -74,11 +75,9 @@ def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> P
     optimizer = make_optimizer(config.optim, config.num_steps)
     batch_sharding = sharding.batch_sharding(mesh)
 
-    def apply(variables, latents, timesteps, conditioning):
-        return unet.module.apply(variables, latents, timesteps, conditioning)
-
+    module = UNet2DConditionModel.from_config(unet.config, jnp.dtype(config.compute_dtype), remat=config.remat)
     train_step = make_train_step(
-        apply,
+        module.apply,
         schedule,
         optimizer,
         config,
@@ -110,9 +109,7 @@ def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> P
     )
     state_shardings = jax.tree.map(lambda a: a.sharding, state)
     step = jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, replicated))
-    return Program(
-        step, state, frozen, conditioning, latent_shape, image_size, schedule, mesh, plan, config
-    )
+    return Program(step, state, frozen, conditioning, latent_shape, image_size, schedule, mesh, plan, config)
 
 
 def _sizes(config: ConfigDict, architecture: Pipeline) -> tuple[int, tuple[int, int, int]]:

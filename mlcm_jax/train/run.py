@@ -1,14 +1,11 @@
 """One distillation run from its configuration: plan, weights, loop, pictures, figures, export."""
 
-import dataclasses
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from mlcm_jax import sharding
@@ -17,19 +14,17 @@ from mlcm_jax.conditioning import encode_prompts, unconditional
 from mlcm_jax.config import validate
 from mlcm_jax.data.prompts import PromptStream, read_prompts
 from mlcm_jax.errors import UserError
-from mlcm_jax.export import export, student_scheduler_config
-from mlcm_jax.generate import decode, draw_noise, latent_distance, sample_latents
+from mlcm_jax.export import export
 from mlcm_jax.hub.load import read_json
 from mlcm_jax.hub.pipeline import Pipeline, load_network, load_pipeline, read_architecture
 from mlcm_jax.hub.save import write_json
-from mlcm_jax.images import image_grid
-from mlcm_jax.pictures import labelled_grid, plot_closeness, plot_loss
+from mlcm_jax.pictures import plot_loss
 from mlcm_jax.train import loop
 from mlcm_jax.train.metrics import read_metrics
 from mlcm_jax.train.program import Program, build_program
-from mlcm_jax.train.state import TrainState
-from mlcm_jax.train.step import Frozen, student_variables
-from mlcm_jax.types import TextConditioning
+from mlcm_jax.train.step import Frozen
+from mlcm_jax.train.viewer import Viewer
+from mlcm_jax.types import Params, TextConditioning
 
 # Settings that may change when a run goes on: they say how long, how often and on what, not what is trained.
 MAY_CHANGE = ("num_steps", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "sample", "mesh")
@@ -72,7 +67,7 @@ def load_teacher(program: Program) -> Pipeline:
 
 def train(
     program: Program, pipeline: Pipeline, prompts: list[str], grid_prompts: list[str], workdir: Path
-) -> Any:
+) -> Params | None:
     """Train to the last step; returns the trained parameters (their moving average where one is kept)."""
     config = program.config
     workdir.mkdir(parents=True, exist_ok=True)
@@ -95,7 +90,7 @@ def train(
     )
     viewer.finish(state, workdir)
     plot_loss(read_metrics(workdir / "metrics.jsonl"), workdir / "samples" / "loss.png")
-    return trained_params(state)
+    return state.trained
 
 
 def full_precision_unet(program: Program, pipeline: Pipeline) -> Any:
@@ -112,12 +107,7 @@ def full_precision_unet(program: Program, pipeline: Pipeline) -> Any:
     return unet.params
 
 
-def trained_params(state: TrainState) -> Any:
-    """What is exported and sampled: the moving average where one is kept, else the parameters."""
-    return state.params if state.ema is None else state.ema
-
-
-def restore(workdir: str | Path) -> tuple[ConfigDict, Pipeline, Any]:
+def restore(workdir: str | Path) -> tuple[ConfigDict, Pipeline, Params]:
     """The configuration, the teacher and the newest trained parameters of a run.
 
     Raises UserError when ``workdir`` holds no run or no checkpoint.
@@ -131,7 +121,7 @@ def restore(workdir: str | Path) -> tuple[ConfigDict, Pipeline, Any]:
     state = Checkpoints(workdir / "checkpoints").restore(program.state)
     if state is None:
         raise UserError(f"{workdir} holds no checkpoint yet: let launch/train.py run to its first one.")
-    return config, load_pipeline(config.teacher), trained_params(state)
+    return config, load_pipeline(config.teacher), state.trained
 
 
 def _check_resume(config: ConfigDict, workdir: Path) -> None:
@@ -144,70 +134,4 @@ def _check_resume(config: ConfigDict, workdir: Path) -> None:
         raise UserError(
             f"{workdir} holds a run with other settings ({', '.join(changed)}): use another --workdir, or the settings "
             f"in {workdir / CONFIG_FILE}."
-        )
-
-
-class Viewer:
-    """Draws the same pictures again and again: fixed prompts, fixed noise."""
-
-    def __init__(self, program: Program, pipeline: Pipeline, prompts: list[str]):
-        config, n = program.config, len(prompts)
-        self._program, self._pipeline, self._sample = program, pipeline, config.sample
-        self._noise = draw_noise(config.seed, n, program.latent_shape)
-        self._conditioning = encode_prompts(pipeline, prompts, program.image_size)
-        self._unconditional = unconditional(pipeline, n, program.image_size)
-        self._reference = None
-
-    def teacher(self, num_steps: int) -> jax.Array:
-        """Latents of the teacher, by DDIM: the solver that the student was distilled from."""
-        scheduler = ddim_scheduler_config(self._pipeline.scheduler_config)
-        return self._draw(None, scheduler, self._program.config.guidance_scale, num_steps)
-
-    def reference(self) -> jax.Array:
-        if self._reference is None:
-            self._reference = self.teacher(self._sample.teacher_steps)
-        return self._reference
-
-    def student(self, state: TrainState, num_steps: int) -> jax.Array:
-        variables = student_variables(trained_params(state), self._pipeline.unet.params, self._program.config)
-        return self._draw(variables, student_scheduler_config(self._pipeline.scheduler_config), 1.0, num_steps)
-
-    def progress(self, state: TrainState) -> np.ndarray:
-        """A row of the teacher's pictures above rows of the student's, one a step count."""
-        latents = [self.reference(), *(self.student(state, n) for n in self._sample.steps)]
-        images = np.concatenate([decode(self._pipeline.vae, z) for z in latents])
-        return image_grid(images, columns=len(self._noise))
-
-    def finish(self, state: TrainState, workdir: Path) -> None:
-        """The grid and the plot of the finished run, and their numbers in results.json."""
-        sample = self._sample
-        student = {n: self.student(state, n) for n in sample.steps}
-        few = self.teacher(sample.teacher_few_steps)
-        reference_name = f"teacher's {sample.teacher_steps}-step result"
-        columns = {
-            f"teacher {sample.teacher_steps} steps": self.reference(),
-            **{f"student {n} step{'s' if n > 1 else ''}": z for n, z in student.items()},
-            f"teacher {sample.teacher_few_steps} steps": few,
-        }
-        folder = workdir / "samples"
-        folder.mkdir(exist_ok=True)
-        pictures = {name: decode(self._pipeline.vae, z) for name, z in columns.items()}
-        Image.fromarray(labelled_grid(pictures, blocks=2)).save(folder / "final.png")
-        distances = {
-            "student": {n: float(latent_distance(z, self.reference()).mean()) for n, z in student.items()},
-            "teacher": {n: float(latent_distance(self.teacher(n), self.reference()).mean()) for n in sample.steps},
-        }
-        plot_closeness(distances["student"], distances["teacher"], reference_name, folder / "closeness.png")
-        write_json({"latent_mse_to_the_" + reference_name.replace(" ", "_"): distances}, workdir / "results.json")
-
-    def _draw(self, variables, scheduler_config, guidance_scale: float, num_steps: int) -> jax.Array:
-        return sample_latents(
-            self._pipeline.unet,
-            scheduler_config,
-            self._noise,
-            self._conditioning,
-            self._unconditional,
-            guidance_scale=guidance_scale,
-            num_steps=num_steps,
-            variables=variables,
         )

@@ -21,6 +21,11 @@ class TrainState:
     opt_state: optax.OptState
     ema: Params | None = None
 
+    @property
+    def trained(self) -> Params:
+        """What is sampled and exported: the moving average where one is kept, else the parameters."""
+        return self.params if self.ema is None else self.ema
+
 
 def create(params: Params, optimizer: optax.GradientTransformation, *, with_ema: bool = False) -> TrainState:
     """A state at step 0; the moving average starts as a copy of the parameters."""

@@ -1,0 +1,84 @@
+"""Looking at a run: the same prompts from the same noise, drawn by teacher and student again and again."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+
+from mlcm_jax.conditioning import encode_prompts, unconditional
+from mlcm_jax.export import ddim_scheduler_config, student_scheduler_config
+from mlcm_jax.generate import decode, draw_noise, latent_distance, sample_latents
+from mlcm_jax.hub.pipeline import Pipeline
+from mlcm_jax.hub.save import write_json
+from mlcm_jax.images import image_grid
+from mlcm_jax.pictures import labelled_grid, plot_closeness
+from mlcm_jax.train.program import Program
+from mlcm_jax.train.state import TrainState
+from mlcm_jax.train.step import student_variables
+
+
+class Viewer:
+    """Draws the same pictures again and again: fixed prompts, fixed noise."""
+
+    def __init__(self, program: Program, pipeline: Pipeline, prompts: list[str]):
+        config, n = program.config, len(prompts)
+        self._program, self._pipeline, self._sample = program, pipeline, config.sample
+        self._noise = draw_noise(config.seed, n, program.latent_shape)
+        self._conditioning = encode_prompts(pipeline, prompts, program.image_size)
+        self._unconditional = unconditional(pipeline, n, program.image_size)
+        self._reference = None
+
+    def teacher(self, num_steps: int) -> jax.Array:
+        """Latents of the teacher, by DDIM: the solver that the student was distilled from."""
+        scheduler = ddim_scheduler_config(self._pipeline.scheduler_config)
+        return self._draw(None, scheduler, self._program.config.guidance_scale, num_steps)
+
+    def reference(self) -> jax.Array:
+        if self._reference is None:
+            self._reference = self.teacher(self._sample.teacher_steps)
+        return self._reference
+
+    def student(self, state: TrainState, num_steps: int) -> jax.Array:
+        variables = student_variables(state.trained, self._pipeline.unet.params, self._program.config)
+        return self._draw(variables, student_scheduler_config(self._pipeline.scheduler_config), 1.0, num_steps)
+
+    def progress(self, state: TrainState) -> np.ndarray:
+        """A row of the teacher's pictures above rows of the student's, one a step count."""
+        latents = [self.reference(), *(self.student(state, n) for n in self._sample.steps)]
+        images = np.concatenate([decode(self._pipeline.vae, z) for z in latents])
+        return image_grid(images, columns=len(self._noise))
+
+    def finish(self, state: TrainState, workdir: Path) -> None:
+        """The grid and the plot of the finished run, and their numbers in results.json."""
+        sample = self._sample
+        student = {n: self.student(state, n) for n in sample.steps}
+        few = self.teacher(sample.teacher_few_steps)
+        reference_name = f"teacher's {sample.teacher_steps}-step result"
+        columns = {
+            f"teacher {sample.teacher_steps} steps": self.reference(),
+            **{f"student {n} step{'s' if n > 1 else ''}": z for n, z in student.items()},
+            f"teacher {sample.teacher_few_steps} steps": few,
+        }
+        folder = workdir / "samples"
+        folder.mkdir(exist_ok=True)
+        pictures = {name: decode(self._pipeline.vae, z) for name, z in columns.items()}
+        Image.fromarray(labelled_grid(pictures, blocks=2)).save(folder / "final.png")
+        distances = {
+            "student": {n: float(latent_distance(z, self.reference()).mean()) for n, z in student.items()},
+            "teacher": {n: float(latent_distance(self.teacher(n), self.reference()).mean()) for n in sample.steps},
+        }
+        plot_closeness(distances["student"], distances["teacher"], reference_name, folder / "closeness.png")
+        write_json({"latent_mse_to_the_" + reference_name.replace(" ", "_"): distances}, workdir / "results.json")
+
+    def _draw(self, variables, scheduler_config, guidance_scale: float, num_steps: int) -> jax.Array:
+        return sample_latents(
+            self._pipeline.unet,
+            scheduler_config,
+            self._noise,
+            self._conditioning,
+            self._unconditional,
+            guidance_scale=guidance_scale,
+            num_steps=num_steps,
+            variables=variables,
+        )
