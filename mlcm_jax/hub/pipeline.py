@@ -164,7 +164,7 @@ def read_architecture(folder: str | Path, dtype: Any = jnp.float32) -> Pipeline:
     A folder without weights will do. Raises UserError as ``load_pipeline`` does.
     """
     folder = resolve_folder(folder)
-    model_index = _read_model_index(folder)
+    model_index = _read_model_index(folder, with_tokenizers=False)
     encoders, _ = PIPELINES[model_index["_class_name"]]
     return Pipeline(
         unet=_describe(folder / "unet", model_index["unet"][1], dtype),
@@ -228,7 +228,7 @@ def resolve_folder(model: str | Path) -> Path:
         raise UserError(f"{model} is no folder here, and it could not be downloaded from the hub ({reason}).") from None
 
 
-def _read_model_index(folder: Path) -> dict[str, Any]:
+def _read_model_index(folder: Path, *, with_tokenizers: bool = True) -> dict[str, Any]:
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder} has no model_index.json: name the folder of a diffusers model.")
     model_index = read_json(folder / "model_index.json")
@@ -240,7 +240,7 @@ def _read_model_index(folder: Path) -> dict[str, Any]:
         entry = model_index.get(part)
         if not isinstance(entry, list) or len(entry) != 2 or None in entry:
             raise UserError(f"{folder}/model_index.json has no {part}, which a {class_name} needs.")
-        if not (folder / part).is_dir():
+        if not (folder / part).is_dir() and (with_tokenizers or part not in tokenizers):
             raise UserError(f"{folder / part} does not exist, though model_index.json names it: copy the whole model.")
     for part in ("unet", "vae", *encoders):
         _check_class(folder / part, model_index[part][1])
