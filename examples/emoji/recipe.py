@@ -124,12 +124,12 @@ CLIP_PREPROCESSOR = {
 }
 
 UNET = _training(
-    num_steps=6000,
+    num_steps=4500,
     batch_size=32,
     ema_decay=0.999,
     sample_every=250,
     checkpoint_every=250,
-    optim={"learning_rate": 6e-4, "warmup_steps": 200},
+    optim={"learning_rate": 8e-4, "warmup_steps": 200},
 )
 
 UNET_CONFIG = {
