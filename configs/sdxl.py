@@ -1,6 +1,6 @@
 """Distil SDXL 1.0 at 1024 px with the paper's settings (MLCM stage 1, arXiv 2406.05768, section 5).
 
-    python launch/train.py --config=configs/sdxl.py:lora --workdir=gs://bucket/sdxl --config.prompts=prompts.txt
+    python launch/train.py --config=configs/sdxl.py:lora --workdir=runs/sdxl --config.prompts=prompts.txt
     python launch/compile.py --config=configs/sdxl.py --topology=v5e:4x4
 
 ":lora" (the paper's: rank 64) or ":full" (all 2.57 B weights, sharded over the fsdp axis; the default).
