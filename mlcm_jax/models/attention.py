@@ -85,7 +85,7 @@ class Transformer2DModel(nn.Module):
             block,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]  (flax's own marker, typed as an int)
             length=self.num_layers,
         )
         tokens, _ = blocks(self.heads, self.dtype, name="transformer_blocks")(tokens, context)

@@ -10,11 +10,13 @@ from jaxtyping import Array, Float
 
 from mlcm_jax.errors import UserError
 from mlcm_jax.models.attention import Transformer2DModel
-from mlcm_jax.models.config import Table, read_config
+from mlcm_jax.models.config import ConfigValues, Table, read_config
 from mlcm_jax.models.layers import Conv, Dense, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
 from mlcm_jax.types import TextConditioning
 
-DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # type: has it attention?
+CLASS_NAME = "UNet2DConditionModel"
+# block type: whether it has attention
+DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 OFF = (False, (False,))
 ABSENT = (None, (None,))
@@ -89,10 +91,51 @@ class UNetConfig:
     use_linear_projection: bool
     flip_sin_to_cos: bool
     freq_shift: float
-    has_text_time: bool
-    addition_time_embed_dim: int | None
+    addition_time_embed_dim: int | None  # None: no pooled state and time ids
     time_cond_proj_dim: int | None
     remat: bool
+
+    @classmethod
+    def read(cls, config: dict[str, Any], remat: bool) -> "UNetConfig":
+        """Validate diffusers' config.json; raises UserError for a setting that is not supported."""
+        values = read_config(config, CONFIG_KEYS, CLASS_NAME)
+        has_text_time = values["addition_embed_type"] == "text_time"
+        if has_text_time and not isinstance(values["addition_time_embed_dim"], int):
+            raise _unsupported(values, "addition_time_embed_dim", "a number, as addition_embed_type is text_time")
+        read_here: dict[str, Any] = {
+            "down_has_attention": _has_attention(values, "down_block_types", DOWN_BLOCKS),
+            "up_has_attention": _has_attention(values, "up_block_types", UP_BLOCKS),
+            "layers_per_block": _each_level(values, "layers_per_block"),
+            "transformer_layers_per_block": _each_level(values, "transformer_layers_per_block"),
+            # diffusers reads the number of heads from a key that is named after their width
+            "num_heads": _each_level(values, "attention_head_dim"),
+            "addition_time_embed_dim": values["addition_time_embed_dim"] if has_text_time else None,
+            "remat": remat,
+        }
+        fields = [f.name for f in dataclasses.fields(cls)]
+        return cls(**{name: read_here[name] if name in read_here else values[name] for name in fields})
+
+
+def _unsupported(values: ConfigValues, key: str, supported: str) -> UserError:
+    value = list(values[key]) if isinstance(values[key], tuple) else values[key]
+    return UserError(f"{CLASS_NAME}'s config.json has {key}={value}, which is not supported: use {supported}.")
+
+
+def _each_level(values: ConfigValues, key: str) -> tuple[int, ...]:
+    """One number for each resolution, from a number for all or a list."""
+    count, value = len(values["block_out_channels"]), values[key]
+    levels = value if isinstance(value, tuple) else (value,) * count
+    if len(levels) != count or not all(isinstance(v, int) for v in levels):
+        raise _unsupported(values, key, f"a number or a list of {count} numbers")
+    return levels
+
+
+def _has_attention(values: ConfigValues, key: str, types: dict[str, bool]) -> tuple[bool, ...]:
+    """Whether each block attends to the prompt."""
+    count, blocks = len(values["block_out_channels"]), values[key]
+    if len(blocks) != count or not set(blocks) <= set(types):
+        raise _unsupported(values, key, f"{count} of {', '.join(types)}")
+    return tuple(types[name] for name in blocks)
 
 
 def sinusoidal_embedding(
@@ -203,43 +246,7 @@ class UNet2DConditionModel(nn.Module):
 
         Raises UserError for a setting that is not supported.
         """
-        values = read_config(config, CONFIG_KEYS, "UNet2DConditionModel")
-        count = len(values["block_out_channels"])
-
-        def each(key: str) -> tuple:
-            value = values[key]
-            if isinstance(value, tuple) and (len(value) != count or not all(isinstance(v, int) for v in value)):
-                raise UserError(
-                    f"UNet2DConditionModel's config.json has {key}={list(value)}, which is not supported: use a number "
-                    f"or a list of {count} numbers."
-                )
-            return value if isinstance(value, tuple) else (value,) * count
-
-        def has_attention(key: str, types: dict[str, bool]) -> tuple[bool, ...]:
-            if len(values[key]) != count or not set(values[key]) <= set(types):
-                raise UserError(
-                    f"UNet2DConditionModel's config.json has {key}={list(values[key])}, which is not supported: use "
-                    f"{count} of {', '.join(types)}."
-                )
-            return tuple(types[name] for name in values[key])
-
-        copied = {f.name: values[f.name] for f in dataclasses.fields(UNetConfig) if f.name in values}
-        return cls(
-            UNetConfig(
-                **copied
-                | dict(
-                    down_has_attention=has_attention("down_block_types", DOWN_BLOCKS),
-                    up_has_attention=has_attention("up_block_types", UP_BLOCKS),
-                    layers_per_block=each("layers_per_block"),
-                    transformer_layers_per_block=each("transformer_layers_per_block"),
-                    # diffusers reads the number of heads from a key that is named after their width
-                    num_heads=each("attention_head_dim"),
-                    has_text_time=values["addition_embed_type"] == "text_time",
-                    remat=remat,
-                )
-            ),
-            dtype,
-        )
+        return cls(UNetConfig.read(config, remat), dtype)
 
     @nn.compact
     def __call__(
@@ -283,11 +290,10 @@ class UNet2DConditionModel(nn.Module):
             raise ValueError("timestep_cond is given exactly when config.json has time_cond_proj_dim")
         waves = sinusoidal_embedding(timesteps, width, cfg.flip_sin_to_cos, cfg.freq_shift)
         temb = TimestepEmbedding(4 * width, self.dtype, name="time_embedding")(waves, timestep_cond)
-        if not cfg.has_text_time:
+        if cfg.addition_time_embed_dim is None:
             return temb
-        ids = conditioning.time_ids
-        waves = sinusoidal_embedding(
-            ids.reshape(-1), cfg.addition_time_embed_dim, cfg.flip_sin_to_cos, cfg.freq_shift
-        ).reshape(ids.shape[0], -1)
-        added = jnp.concatenate([conditioning.pooled.astype(jnp.float32), waves], axis=-1)
+        ids = conditioning.time_ids.reshape(-1)
+        waves = sinusoidal_embedding(ids, cfg.addition_time_embed_dim, cfg.flip_sin_to_cos, cfg.freq_shift)
+        pooled = conditioning.pooled.astype(jnp.float32)
+        added = jnp.concatenate([pooled, waves.reshape(len(pooled), -1)], axis=-1)
         return temb + TimestepEmbedding(4 * width, self.dtype, name="add_embedding")(added)

@@ -165,6 +165,7 @@ def test_guidance_embedding_must_fit_the_config():
         ("up_block_types", ["UpBlock2D"]),
         ("transformer_layers_per_block", [1, 2, 3]),
         ("transformer_layers_per_block", [[1, 2], [1, 1]]),
+        ("attention_head_dim", None),
     ],
 )
 def test_unsupported_value_is_named(key, value):
@@ -172,6 +173,11 @@ def test_unsupported_value_is_named(key, value):
         UNet2DConditionModel.from_config({**CONFIGS["sd15"], key: value})
     assert key in str(error.value)
     assert str(value) in str(error.value).replace("(", "[").replace(")", "]")
+
+
+def test_text_time_needs_its_width():
+    with pytest.raises(UserError, match="addition_time_embed_dim=None"):
+        UNet2DConditionModel.from_config({**CONFIGS["sdxl"], "addition_time_embed_dim": None})
 
 
 def test_unknown_key_is_named():
