@@ -1,32 +1,73 @@
 """The common entry of the programs in launch/: a user's mistake is one line and exit status 2."""
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
+from ml_collections import ConfigDict
 
 from mlcm_jax.errors import UserError
 
 EXIT_STATUS = 2
 
 
-def _fail(error: Exception) -> NoReturn:
+def _fail(error: BaseException) -> NoReturn:
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
     sys.exit(EXIT_STATUS)
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        if "config" in flags.FLAGS and not isinstance(flags.FLAGS["config"].value, ConfigDict):
+            _fail(_no_config_file(argv))
+        return rest
     except flags.Error as e:
-        _fail(e)
+        _fail(_innermost_user_error(e) or e)
+    except (AttributeError, KeyError) as e:
+        unknown = _unknown_setting(e)
+        if unknown is None:
+            raise
+        _fail(unknown)
+    except OSError:
+        _fail(_no_config_file(argv))
+
+
+def _innermost_user_error(error: BaseException | None) -> UserError | None:
+    """What a configuration file raised: ml_collections wraps it, and puts its traceback into the text."""
+    found = None
+    while error is not None:
+        found = error if isinstance(error, UserError) else found
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _no_config_file(argv: Sequence[str]) -> UserError:
+    given = next((arg for arg in argv if re.match("--?config=", arg)), "--config")
+    return UserError(f"{given} is not a configuration file: name one like configs/emoji.py.")
+
+
+def _unknown_setting(error: Exception) -> UserError | None:
+    """What ml_collections says of a name that the locked configuration does not have; None for another error."""
+    text = str(error)
+    if nearest := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text):
+        return UserError(f"The configuration has no setting {nearest[2]!r}: did you mean {nearest[1]!r}?")
+    if name := re.search(r"lookup: ([\w.]+)", text) or re.fullmatch(r"\W*(\w+)\W*", text):
+        return UserError(f"The configuration has no setting {name[1]!r}: mlcm_jax/config.py explains those it has.")
+    return None
 
 
 def run_main(main: Callable[[], Any]):
-    """Parse absl flags and call ``main()``; UserError and flag errors are printed alone, with exit status 2."""
+    """Parse absl flags and call ``main()``; UserError and flag errors are printed alone, with exit status 2.
+
+    Libraries' absl messages appear from warnings on, unless --verbosity asks for more.
+    """
 
     def guarded(argv: Sequence[str]):
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)
         try:
             if argv[1:]:
                 raise UserError(f"Unexpected argument {argv[1]!r}: settings are given as --name=value.")

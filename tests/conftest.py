@@ -22,3 +22,27 @@ def strict_arrays():
     """No silent broadcasting across ranks, no silent promotion between dtypes."""
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         yield
+
+
+# tiny_models imports torch and diffusers, which most tests do without: only a test that asks for a folder waits.
+
+
+@pytest.fixture(scope="session")
+def sdxl_folder(tmp_path_factory):
+    from tiny_models import save_sdxl
+
+    return save_sdxl(tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture(scope="session")
+def sd15_folder(tmp_path_factory):
+    from tiny_models import save_sd15
+
+    return save_sd15(tmp_path_factory.mktemp("sd15"))
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory):
+    from tiny_models import save_vae
+
+    return save_vae(tmp_path_factory.mktemp("vae"))

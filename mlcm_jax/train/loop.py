@@ -47,7 +47,8 @@ def run(
         for step in range(start + 1, config.num_steps + 1):
             state, metrics = step_fn(state, batch_fn(step - 1))
             window_steps += 1
-            last = step == config.num_steps or stop.requested
+            stopping = stop.requested  # read once: a signal that comes later in this step ends the next one
+            last = step == config.num_steps or stopping
             save = step % config.checkpoint_every == 0 or last
             if step % config.log_every == 0 or save or step == start + 1:
                 values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -62,7 +63,7 @@ def run(
                 checkpoints.save(state, step)
             if sample_fn and (step % config.sample_every == 0 or last):
                 _write_sample(sample_fn(state), step, workdir, writer)
-            if stop.requested:
+            if stopping:
                 break
     checkpoints.close()
     writer.close()

@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -53,15 +52,16 @@ def tiny_vae():
     )
 
 
-def tiny_tokenizer(folder):
-    folder.mkdir(parents=True, exist_ok=True)
+def tiny_tokenizer(vocab_folder):
+    """A byte-level CLIP tokenizer without merges; its vocabulary is written to vocab_folder."""
+    vocab_folder.mkdir(parents=True, exist_ok=True)
     # The byte alphabet of GPT-2: printable bytes stand for themselves, the others are moved above 255.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     tokens = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+    (vocab_folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
+    (vocab_folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(vocab_folder / "vocab.json"), str(vocab_folder / "merges.txt"), model_max_length=77)
 
 
 def randomise(module, seed):
@@ -72,10 +72,9 @@ def randomise(module, seed):
     return module.eval()
 
 
-@pytest.fixture(scope="session")
-def sdxl_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sdxl")
-    tokenizer = tiny_tokenizer(tmp_path_factory.mktemp("vocab"))
+def save_sdxl(folder):
+    """A StableDiffusionXLPipeline: 16 x 16 latents, 32 x 32 images."""
+    tokenizer = tiny_tokenizer(folder.with_name(folder.name + "_vocab"))
     StableDiffusionXLPipeline(
         vae=randomise(tiny_vae(), 0),
         unet=randomise(UNet2DConditionModel(**UNET, **XL), 1),
@@ -88,14 +87,13 @@ def sdxl_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def sd15_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sd15")
+def save_sd15(folder):
+    """A StableDiffusionPipeline of the same sizes."""
     StableDiffusionPipeline(
         vae=randomise(tiny_vae(), 0),
         unet=randomise(UNet2DConditionModel(**UNET, cross_attention_dim=32), 1),
         text_encoder=randomise(CLIPTextModel(CLIPTextConfig(**TEXT)), 2),
-        tokenizer=tiny_tokenizer(tmp_path_factory.mktemp("vocab")),
+        tokenizer=tiny_tokenizer(folder.with_name(folder.name + "_vocab")),
         scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
@@ -104,8 +102,6 @@ def sd15_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def vae_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vae")
+def save_vae(folder):
     randomise(tiny_vae(), 0).save_pretrained(folder)
     return folder

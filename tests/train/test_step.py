@@ -1,0 +1,242 @@
+"""The distillation step: its gradient, its schedule of segments, and the same result on every mesh."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mlcm_jax.config import base
+from mlcm_jax.diffusion.schedule import Schedule
+from mlcm_jax.distill.segments import segment_of
+from mlcm_jax.hub.pipeline import Network, network_shapes, read_architecture
+from mlcm_jax.models.unet import UNet2DConditionModel
+from mlcm_jax.train import rng
+from mlcm_jax.train.optim import update_ema
+from mlcm_jax.train.program import build_program
+from mlcm_jax.train.state import create
+from mlcm_jax.train.step import Frozen, draw_timesteps, make_train_step, student_variables
+from mlcm_jax.types import TextConditioning
+
+LATENT_SHAPE = (4, 4, 2)
+SCHEDULE = Schedule.from_config(
+    {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+)
+
+
+def settings(**values):
+    config = base()
+    config.update({"num_segments": 4, "batch_size": 8, "guidance_scale": 3.0, "compute_dtype": "float32"})
+    config.update({"frozen_dtype": "float32", "remat": False, "num_steps": 10})
+    # a large eps keeps Adam's first updates smooth in the gradient: rounding must not flip a sign
+    config.optim.update({"learning_rate": 1e-3, "warmup_steps": 0, "eps": 1e-3})
+    config.update(values)
+    return config
+
+
+# --- a small network, so that the method can be written down again in a few lines
+
+
+def toy_apply(variables, z, t, conditioning):
+    p = variables["params"]
+    shift = (t / 1000 + conditioning.pooled.mean(axis=1))[:, None, None, None]
+    return jnp.tanh(z @ p["a"] + shift) @ p["b"]
+
+
+def toy_params(seed):
+    a, b = jax.random.split(jax.random.key(seed))
+    return {"a": jax.random.normal(a, (2, 16)), "b": 0.2 * jax.random.normal(b, (16, 2))}
+
+
+def toy_conditioning(n, seed):
+    pooled = jax.random.normal(jax.random.key(seed), (n, 3))
+    return TextConditioning(hidden_states=jnp.zeros((n, 2, 3)), pooled=pooled, time_ids=jnp.zeros((n, 6)))
+
+
+def reference_gradient(student, teacher, conditioning, unconditional, step, config):
+    """Loss and gradient of one step in plain Python: arXiv 2406.05768's stage 1."""
+    n = conditioning.pooled.shape[0]
+    segment, t_m, t_n, edge = draw_timesteps(jnp.int32(step), n, config)
+    z = jax.random.normal(rng.stream(config.seed, "noise", step), (n, *LATENT_SHAPE))
+    abar = np.asarray(SCHEDULE.alphas_cumprod, np.float64)
+
+    def jump(z, eps, t, s):
+        a, b = (abar[np.asarray(u)][:, None, None, None].astype(np.float32) for u in (t, s))
+        x0 = (z - np.sqrt(1 - a) * eps) / np.sqrt(a)
+        return np.sqrt(b) * x0 + np.sqrt(1 - b) * eps
+
+    def teacher_eps(z, t):
+        no, yes = (toy_apply({"params": teacher}, z, t, c) for c in (unconditional, conditioning))
+        return no + config.guidance_scale * (yes - no)
+
+    def student_jump(params, z, t):
+        return jump(z, toy_apply({"params": params}, z, t, conditioning), t, edge)
+
+    jumps = int(segment) + 1
+    times = [999 - (999 - np.asarray(t_m)) * j // jumps for j in range(jumps + 1)]
+    for t, s in zip(times, times[1:], strict=False):
+        z = jump(z, teacher_eps(z, t), t, s)
+    z_n = jump(z, teacher_eps(z, t_m), t_m, t_n)
+    target = student_jump(student, z_n, t_n)  # not a function of what the gradient is taken for
+    return jax.value_and_grad(lambda p: jnp.mean((student_jump(p, z, t_m) - target) ** 2))(student)
+
+
+def toy_step(config, optimizer):
+    return jax.jit(make_train_step(toy_apply, SCHEDULE, optimizer, config, LATENT_SHAPE))
+
+
+def test_gradients_are_those_of_the_loss_with_teacher_and_target_held_fixed():
+    config = settings(num_segments=3, skip=60)
+    student, teacher = toy_params(1), toy_params(2)
+    conditioning, unconditional = toy_conditioning(4, 3), toy_conditioning(1, 4)
+    optimizer = optax.sgd(1.0)
+    step_fn, state = toy_step(config, optimizer), create(student, optimizer)
+    repeated = jax.tree.map(lambda a: jnp.repeat(a, 4, axis=0), unconditional)
+    for step in range(config.num_segments):
+        before = dataclasses.replace(state, step=jnp.int32(step))
+        after, metrics = step_fn(before, Frozen(teacher, unconditional), conditioning)
+        loss, grads = reference_gradient(student, teacher, conditioning, repeated, step, config)
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-3)
+        assert float(optax.global_norm(grads)) > 1e-4
+        for name, gradient in grads.items():
+            scale = float(jnp.abs(gradient).max())
+            np.testing.assert_allclose(student[name] - after.params[name], gradient, atol=2e-3 * scale, rtol=0)
+
+
+@pytest.mark.parametrize("distance", ["l2", "pseudo_huber"])
+def test_repeated_steps_lower_the_loss_and_keep_the_average(distance):
+    config = settings(distance=distance, ema_decay=0.5)
+    student, optimizer = toy_params(1), optax.sgd(0.0)
+    still = create(student, optimizer, with_ema=True)
+    frozen = Frozen(student, toy_conditioning(1, 4))
+    conditioning = toy_conditioning(4, 3)
+    state, metrics = toy_step(config, optimizer)(still, frozen, conditioning)
+    assert int(state.step) == 1
+    for a, b in zip(jax.tree.leaves((state.params, state.ema)), jax.tree.leaves((student, student)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+    optimizer = optax.sgd(0.05)
+    moved, _ = toy_step(config, optimizer)(create(student, optimizer, with_ema=True), frozen, conditioning)
+    assert moved.ema is not None and moved.trained is moved.ema
+    for name in student:
+        np.testing.assert_allclose(moved.ema[name], 0.5 * student[name] + 0.5 * moved.params[name], rtol=1e-5)
+    # the step's draws are a function of state.step: at the same step the loss must be lower after the update
+    again = dataclasses.replace(moved, step=still.step)
+    assert float(toy_step(config, optimizer)(again, frozen, conditioning)[1]["loss"]) < float(metrics["loss"])
+
+
+def test_update_ema():
+    ema = update_ema({"w": jnp.float32(1.0)}, {"w": jnp.bfloat16(3.0)}, 0.75)
+    assert ema["w"].dtype == jnp.float32 and float(ema["w"]) == 1.5
+
+
+@pytest.mark.parametrize("num_segments", [1, 4, 7])
+def test_every_m_steps_visit_each_segment_once(num_segments):
+    config = settings(num_segments=num_segments)
+    draw = jax.jit(lambda step: draw_timesteps(step, 8, config))
+    for block in range(3):
+        steps = range(block * num_segments, (block + 1) * num_segments)
+        drawn = [draw(jnp.int32(step)) for step in steps]
+        assert sorted(int(segment) for segment, *_ in drawn) == list(range(num_segments))
+        for segment, t_m, t_n, edge in drawn:
+            assert (np.asarray(segment_of(t_m, num_segments)) == int(segment)).all()
+            assert ((edge <= t_n) & (t_n < t_m)).all()
+
+
+# --- the real network on one device and on meshes of them
+
+UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "block_out_channels": [64],
+    "layers_per_block": 1,
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D"],
+    "attention_head_dim": [4],
+    "norm_num_groups": 8,
+    "sample_size": 8,
+    "use_linear_projection": True,
+    "transformer_layers_per_block": [1],
+    "cross_attention_dim": 64,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 80,
+}
+MESHES = {1: (1, 1, 1), 4: (2, 2, 1), 8: (2, 2, 2)}
+
+
+@pytest.fixture
+def quick_compiles():
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def architecture(sdxl_folder):
+    """The tiny pipeline around a UNet of one level, in shapes only."""
+    module = UNet2DConditionModel.from_config(UNET)
+    return dataclasses.replace(read_architecture(sdxl_folder), unet=Network(module, network_shapes(module, UNET), UNET))
+
+
+def random_like(tree, seed, scale):
+    """Values that do not depend on the placement; vectors near 1, so that norms let signals through."""
+    rows, generator = jax.tree.leaves(tree), np.random.default_rng(seed)
+    values = [(a.ndim == 1) * 0.5 + scale * generator.standard_normal(a.shape, np.float32) for a in rows]
+    placed = [jax.device_put(np.asarray(v, a.dtype), a.sharding) for v, a in zip(values, rows, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(tree), placed)
+
+
+def run_steps(architecture, config, num_devices, num_steps):
+    data, fsdp, tensor = MESHES[num_devices]
+    config.mesh.update({"data": data, "fsdp": fsdp, "tensor": tensor})
+    program = build_program(config, architecture, jax.devices()[:num_devices])
+    frozen = Frozen(random_like(program.frozen.teacher, 0, 0.1), random_like(program.frozen.unconditional, 1, 1.0))
+    conditioning = random_like(program.conditioning, 2, 1.0)
+    state = program.init_state(random_like(program.frozen.teacher, 0, 0.1))
+    before = jax.device_get((frozen.teacher, state.params))
+    losses = []
+    for _ in range(num_steps):
+        state, metrics = program.step(state, frozen, conditioning)
+        losses.append(float(metrics["loss"]))
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, before[0], jax.device_get(frozen.teacher))))
+    return program, losses, before[1], state
+
+
+@pytest.mark.usefixtures("quick_compiles")
+def test_full_training_is_the_same_on_every_mesh(architecture):
+    config = settings(num_segments=2, ema_decay=0.9)
+    results = {n: run_steps(architecture, config.copy_and_resolve_references(), n, 2) for n in MESHES}
+    _, losses, start, state = results[1]
+    expected = jax.device_get(state.params)
+    assert min(losses) > 1e-5
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), expected, start)
+    assert max(jax.tree.leaves(moved)) > 1e-4, "the updates are too small to compare"
+    for n in (4, 8):
+        program, sharded_losses, _, sharded = results[n]
+        assert program.plan.sharded_fraction > 0.3
+        np.testing.assert_allclose(sharded_losses, losses, rtol=1e-4)
+        difference = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), expected, jax.device_get(sharded.params))
+        assert max(jax.tree.leaves(difference)) < 1e-5
+        for array, planned in zip(jax.tree.leaves(sharded), jax.tree.leaves(program.state), strict=True):
+            assert array.sharding.is_equivalent_to(planned.sharding, array.ndim)
+
+
+@pytest.mark.usefixtures("quick_compiles")
+def test_a_lora_starts_as_the_teacher_and_trains_beside_it(architecture):
+    config = settings(num_segments=2, trainable="lora")
+    config.lora.update({"rank": 4, "alpha": 8.0, "targets": (r"/to_(q|k|v|out_0)$", r"/conv[12]$")})
+    program, losses, start, state = run_steps(architecture, config, 4, 1)
+    assert np.isfinite(losses).all() and losses[0] > 1e-5
+    ups = [jnp.abs(leaf).max() for path, leaf in jax.tree.leaves_with_path(state.params) if path[-1].key == "up"]
+    assert min(float(up) for up in ups) > 0, "every factor is trained from the first step on"
+
+    teacher = random_like(program.frozen.teacher, 0, 0.1)
+    variables = student_variables(jax.device_put(start), teacher, config)
+    latents = jax.random.normal(jax.random.key(0), (8, *program.latent_shape))
+    t, conditioning = jnp.full((8,), 500), random_like(program.conditioning, 2, 1.0)
+    module = architecture.unet.module
+    student, reference = (jax.jit(module.apply)(v, latents, t, conditioning) for v in (variables, {"params": teacher}))
+    np.testing.assert_allclose(student, reference, rtol=0, atol=1e-6 * float(jnp.abs(reference).max()))
