@@ -1,6 +1,6 @@
 """Whole pictures from a pipeline: initial noise, sampling and decoding, each compiled once for its sizes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -9,29 +9,29 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from mlcm_jax.diffusion.guidance import guided_predict
+from mlcm_jax.diffusion.samplers import step_table
 from mlcm_jax.hub.pipeline import Network
 from mlcm_jax.images import to_uint8
-from mlcm_jax.sampling import sample
+from mlcm_jax.sampling import noise_rng, walk
 from mlcm_jax.types import Latents, Params, TextConditioning
 
 
-@partial(jax.jit, static_argnames=("module", "scheduler", "guidance_scale", "num_steps"))
-def _sample(module, scheduler, guidance_scale, num_steps, variables, latents, conditioning, unconditional, rng):
-    return sample(
-        partial(module.apply, variables),
-        dict(scheduler),
-        latents,
-        conditioning,
-        unconditional,
-        guidance_scale,
-        num_steps,
-        rng,
-    )
+@partial(jax.jit, static_argnames=("module", "prediction_type"))
+def _sample(module, prediction_type, table, variables, latents, conditioning, unconditional, guidance_scale, rng):
+    predict = partial(module.apply, variables)
+
+    def network(x, timesteps):
+        if guidance_scale is None:
+            return predict(x, timesteps, conditioning)
+        return guided_predict(predict, x, timesteps, conditioning, unconditional, guidance_scale)
+
+    return walk(network, prediction_type, table, latents, rng)
 
 
 def sample_latents(
     unet: Network,
-    scheduler_config: Mapping[str, Any],
+    scheduler_config: dict[str, Any],
     latents: Latents,
     conditioning: TextConditioning,
     unconditional: TextConditioning,
@@ -41,15 +41,16 @@ def sample_latents(
     variables: Params | None = None,
     rng: Array | None = None,
 ) -> Latents:
-    """Clean latents (scaled, float32) from standard normal noise, compiled once a network, scheduler and step count.
+    """Clean latents (scaled, float32) from standard normal noise; one program serves every number of steps.
 
-    variables: instead of {"params": unet.params}. rng: a key for samplers that add noise.
+    guidance_scale: a value <= 1 means no unconditional call. variables: instead of {"params": unet.params}.
+    rng: a key for samplers that add noise. Raises UserError for a scheduler or number of steps that is not supported.
     """
-    scheduler = tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in scheduler_config.items()))
+    table = step_table(scheduler_config, num_steps)
+    scale = jnp.float32(guidance_scale) if guidance_scale > 1 else None
     variables = {"params": unet.params} if variables is None else variables
-    rng = jax.random.key(0) if rng is None else rng
-    args = (float(guidance_scale), num_steps, variables, latents, conditioning, unconditional, rng)
-    return _sample(unet.module, scheduler, *args)
+    args = (table.arrays, variables, latents, conditioning, unconditional, scale, noise_rng(table, rng))
+    return _sample(unet.module, table.prediction_type, *args)
 
 
 @partial(jax.jit, static_argnames=("module",))

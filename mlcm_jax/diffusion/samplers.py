@@ -16,6 +16,7 @@ from mlcm_jax.errors import UserError
 from mlcm_jax.models.config import ConfigValues
 
 LAST_TIMESTEP = NUM_TRAIN_TIMESTEPS - 1
+MAX_CALLS = NUM_TRAIN_TIMESTEPS + 1  # PNDM calls the network once more than there are steps
 
 
 class StepTable(NamedTuple):
@@ -40,10 +41,15 @@ class StepTable(NamedTuple):
     prediction_type: str = "epsilon"
 
     @property
-    def rows(self) -> dict[str, jax.Array]:
-        """The columns that the scan walks along, as float32 (timesteps keep their type)."""
+    def arrays(self) -> dict[str, jax.Array]:
+        """The numbers as arguments of a compiled program: the columns, padded to one length whatever the number of
+        steps, float32 (timesteps keep their type), and with them num_calls, init_noise_sigma and clip_range."""
         columns = {k: v for k, v in self._asdict().items() if isinstance(v, np.ndarray)}
-        return {k: jnp.asarray(v, None if k == "timesteps" else jnp.float32) for k, v in columns.items()}
+        missing = MAX_CALLS - len(self.timesteps)
+        padded = {k: np.pad(v, [(0, missing)] + [(0, 0)] * (v.ndim - 1)) for k, v in columns.items()}
+        arrays = {k: jnp.asarray(v, None if k == "timesteps" else jnp.float32) for k, v in padded.items()}
+        scalars = {k: jnp.float32(v) for k, v in self._asdict().items() if isinstance(v, float)}
+        return arrays | scalars | {"num_calls": jnp.int32(len(self.timesteps))}
 
 
 class Levels(NamedTuple):

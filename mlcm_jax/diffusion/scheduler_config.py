@@ -110,7 +110,7 @@ def read_sampler_config(scheduler_config: dict[str, Any]) -> ConfigValues:
         raise UserError(f"Sampling with {name} is not supported: use one of {', '.join(SCHEDULERS)}.")
     table = SCHEDULERS[name]
     own = {k: v for k, v in scheduler_config.items() if k in table or k not in KNOWN_KEYS}
-    return read_config(own, table, name)
+    return read_config(own, table, name, file_name="scheduler_config.json")
 
 
 def read_noise_config(scheduler_config: dict[str, Any]) -> ConfigValues:
@@ -122,9 +122,9 @@ def read_noise_config(scheduler_config: dict[str, Any]) -> ConfigValues:
     written = {k: v for k, v in scheduler_config.items() if k in NOISE}
     if name in SCHEDULERS:
         table = {**NOISE, **{k: rule for k, rule in SCHEDULERS[name].items() if k in NOISE}}
-        return read_config(written, table, name)
+        return read_config(written, table, name, file_name="scheduler_config.json")
     required = ("trained_betas",) if written.get("trained_betas") else ("beta_start", "beta_end", "beta_schedule")
     missing = [key for key in required if key not in written]
     if missing:
         raise UserError(f"{name}'s scheduler_config.json has no {', '.join(missing)}: write the noise schedule out.")
-    return read_config(written, NOISE, name)
+    return read_config(written, NOISE, name, file_name="scheduler_config.json")

@@ -10,17 +10,16 @@ Table = dict[str, tuple[Any, tuple | None]]
 class ConfigValues(dict):
     """The validated keys of one config.json; lists are tuples, absent keys have diffusers' default."""
 
-    def __init__(self, values: dict[str, Any], class_name: str):
+    def __init__(self, values: dict[str, Any], class_name: str, file_name: str):
         super().__init__(values)
         self.class_name = class_name
+        self.source = f"{class_name}'s {file_name}"
 
     def require(self, key: str, *supported: Any) -> Any:
         """Return the value of ``key``, or raise UserError when it is not one of ``supported``."""
         if self[key] not in supported:
             options = ", ".join(repr(s) for s in supported)
-            raise UserError(
-                f"{self.class_name}'s config.json has {key}={self[key]!r}, which is not supported: use {options}."
-            )
+            raise UserError(f"{self.source} has {key}={self[key]!r}, which is not supported: use {options}.")
         return self[key]
 
 
@@ -28,19 +27,21 @@ def _frozen(value: Any) -> Any:
     return tuple(_frozen(v) for v in value) if isinstance(value, list | tuple) else value
 
 
-def read_config(config: dict[str, Any], table: Table, class_name: str) -> ConfigValues:
+def read_config(
+    config: dict[str, Any], table: Table, class_name: str, *, file_name: str = "config.json"
+) -> ConfigValues:
     """Check ``config`` against ``table`` {key: (default, supported values or None for any)}.
 
     Keys that start with an underscore are metadata and pass. Raises UserError for an unknown key and for a value
     that is not supported.
     """
+    source = f"{class_name}'s {file_name}"
     unknown = sorted(k for k in config if k not in table and not k.startswith("_"))
     if unknown:
         raise UserError(
-            f"{class_name}'s config.json has keys that are not supported: {', '.join(unknown)}; "
-            f"supported are {', '.join(table)}."
+            f"{source} has keys that are not supported: {', '.join(unknown)}; supported are {', '.join(table)}."
         )
-    values = ConfigValues({k: _frozen(config.get(k, default)) for k, (default, _) in table.items()}, class_name)
+    values = ConfigValues({k: _frozen(config.get(k, default)) for k, (default, _) in table.items()}, source)
     for key, (_, supported) in table.items():
         if supported is not None:
             values.require(key, *supported)
