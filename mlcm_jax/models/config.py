@@ -35,13 +35,14 @@ def read_config(
     Keys that start with an underscore are metadata and pass. Raises UserError for an unknown key and for a value
     that is not supported.
     """
-    source = f"{class_name}'s {file_name}"
+    values = ConfigValues(
+        {k: _frozen(config.get(k, default)) for k, (default, _) in table.items()}, class_name, file_name
+    )
     unknown = sorted(k for k in config if k not in table and not k.startswith("_"))
     if unknown:
         raise UserError(
-            f"{source} has keys that are not supported: {', '.join(unknown)}; supported are {', '.join(table)}."
+            f"{values.source} has keys that are not supported: {', '.join(unknown)}; supported are {', '.join(table)}."
         )
-    values = ConfigValues({k: _frozen(config.get(k, default)) for k, (default, _) in table.items()}, source)
     for key, (_, supported) in table.items():
         if supported is not None:
             values.require(key, *supported)
