@@ -3,12 +3,15 @@
 import signal
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from PIL import Image
+from tqdm import tqdm
 
 from mlcm_jax.checkpoint import Checkpoints
 from mlcm_jax.errors import UserError
@@ -36,46 +39,54 @@ def run(
     written to workdir/samples every ``sample_every`` steps.
     SIGTERM (a pre-emption) saves a checkpoint and ends the run. Raises UserError when the loss is not finite.
     """
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
-    restored = checkpoints.restore(state)
-    state = state if restored is None else restored
-    start = int(state.step)
-    writer = MetricWriter(workdir, start_step=start)
-    stop = _StopOnSignal()
-    window_start, window_steps = time.perf_counter(), 0
-    with progress_bar(config.num_steps, start) as bar:
-        for step in range(start + 1, config.num_steps + 1):
-            state, metrics = step_fn(state, batch_fn(step - 1))
-            window_steps += 1
-            stopping = stop.requested  # read once: a signal that comes later in this step ends the next one
-            last = step == config.num_steps or stopping
-            save = step % config.checkpoint_every == 0 or last
-            if step % config.log_every == 0 or save or step == start + 1:
-                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                _require_finite(values, step, workdir)
-                rate = window_steps * config.batch_size / (time.perf_counter() - window_start)
-                bar.set_postfix(loss=f"{values['loss']:.4g}", examples_per_s=f"{rate:.1f}")
-                bar.update(step - bar.n)
-                if step % config.log_every == 0 or last:
-                    writer.write(step, {**values, "examples_per_second": rate})
-                    window_start, window_steps = time.perf_counter(), 0
-            if save:
-                checkpoints.save(state, step)
-            if sample_fn and (step % config.sample_every == 0 or last):
-                _write_sample(sample_fn(state), step, workdir, writer)
-            if stopping:
-                break
-    checkpoints.close()
-    writer.close()
-    stop.restore()
-    if stop.requested:
-        raise SystemExit(f"Stopped by a signal at step {int(state.step)}: run the same command to go on.")
+    # An error, in a picture say, must not cut short a checkpoint that is still being written.
+    with closing(Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)) as checkpoints:
+        restored = checkpoints.restore(state)
+        state = state if restored is None else restored
+        start = int(state.step)
+        with closing(MetricWriter(workdir, start_step=start)) as writer, StopOnSignal() as stop:
+            report = Report(config, writer, progress_bar(config.num_steps, start), workdir)
+            for step in range(start + 1, config.num_steps + 1):
+                state, metrics = step_fn(state, batch_fn(step - 1))
+                stopping = stop.requested  # read once: a signal that comes later in this step ends the next one
+                last = step == config.num_steps or stopping
+                save = step % config.checkpoint_every == 0 or last
+                report.step(step, metrics, show=save or step == start + 1, last=last)
+                if save:
+                    checkpoints.save(state, step)
+                if sample_fn and (step % config.sample_every == 0 or last):
+                    _write_sample(sample_fn(state), step, workdir, writer)
+                if stopping:
+                    raise SystemExit(f"Stopped by a signal at step {step}: run the same command to go on.")
     return state
 
 
-def _write_sample(image: np.ndarray, step: int, workdir: Path, writer: MetricWriter) -> None:
-    from PIL import Image
+class Report:
+    """Hands the metrics of a step to the progress bar and, every ``log_every`` steps, to the writer."""
 
+    def __init__(self, config: ConfigDict, writer: MetricWriter, bar: tqdm, workdir: Path):
+        self._config, self._writer, self._bar, self._workdir = config, writer, bar, workdir
+        self._start, self._steps = time.perf_counter(), 0
+
+    def step(self, step: int, metrics: dict[str, jax.Array], *, show: bool, last: bool) -> None:
+        """Fetching metrics waits for the device, so most steps are only counted. Raises UserError for a bad loss."""
+        self._steps += 1
+        log = step % self._config.log_every == 0 or last
+        if not log and not show:
+            return
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        _require_finite(values, step, self._workdir)
+        rate = self._steps * self._config.batch_size / (time.perf_counter() - self._start)
+        self._bar.set_postfix(loss=f"{values['loss']:.4g}", examples_per_s=f"{rate:.1f}")
+        self._bar.update(step - self._bar.n)
+        if log:
+            self._writer.write(step, {**values, "examples_per_second": rate})
+            self._start, self._steps = time.perf_counter(), 0
+        if last:
+            self._bar.close()
+
+
+def _write_sample(image: np.ndarray, step: int, workdir: Path, writer: MetricWriter) -> None:
     folder = workdir / "samples"
     folder.mkdir(exist_ok=True)
     Image.fromarray(image).save(folder / f"step_{step:06d}.png")
@@ -90,15 +101,16 @@ def _require_finite(values: dict[str, float], step: int, workdir: Path) -> None:
         )
 
 
-class _StopOnSignal:
-    """Remembers SIGTERM, which a pre-empted machine gets some seconds before it goes."""
+class StopOnSignal:
+    """While it is entered, SIGTERM, which a pre-empted machine gets some seconds before it goes, is remembered."""
 
-    def __init__(self):
+    def __enter__(self) -> "StopOnSignal":
         self.requested = False
         self._previous = signal.signal(signal.SIGTERM, self._remember)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGTERM, self._previous)
 
     def _remember(self, *_):
         self.requested = True
-
-    def restore(self):
-        signal.signal(signal.SIGTERM, self._previous)
