@@ -17,8 +17,8 @@ from ml_collections import config_flags
 from mlcm_jax.cli import run_main
 from mlcm_jax.config import validate
 from mlcm_jax.errors import UserError
-from mlcm_jax.hub.pipeline import read_architecture
 from mlcm_jax.train.program import build_program
+from mlcm_jax.train.run import describe_teacher
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, such as configs/sdxl.py.")
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "TPU generation and slice shape.")
@@ -61,8 +61,7 @@ def main():
     config = CONFIG.value
     validate(config)
     devices = topology_devices(TOPOLOGY.value)
-    architecture = read_architecture(config.architecture or config.teacher, config.compute_dtype)
-    program = build_program(config, architecture, devices)
+    program = build_program(config, describe_teacher(config, weights_needed=False), devices)
     print(program.plan, flush=True)
     start = time.perf_counter()
     lowered = program.step.lower(program.state, program.frozen, program.conditioning)

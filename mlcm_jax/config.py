@@ -16,7 +16,7 @@ def base() -> ConfigDict:
 
     # Teacher and prompts
     config.teacher = ""  # diffusers folder or hub id of the model to distil
-    config.architecture = ""  # folder with the teacher's config.json files, to plan without weights; "": the teacher's
+    config.architecture = ""  # folder of config.json files that stands in for an absent teacher in plans; "": none
     config.prompts = ""  # text file, one prompt a line
     config.image_size = 0  # height and width in pixels; 0: what the teacher's config.json says
 

@@ -40,18 +40,26 @@ def distill(config: ConfigDict, workdir: str | Path, *, plan_only: bool = False)
     workdir = Path(workdir)
     _check_resume(config, workdir)
     prompts, grid_prompts = read_prompts(config.prompts), read_prompts(config.sample.prompts)
-    program = build_program(config, read_architecture(config.architecture or config.teacher, config.compute_dtype))
+    program = build_program(config, describe_teacher(config, weights_needed=not plan_only))
     print(program.plan, flush=True)
     if plan_only:
         return
-    pipeline = load_teacher(program)
+    pipeline = load_teacher(program, jnp.dtype(config.frozen_dtype))
     trained = train(program, pipeline, prompts, grid_prompts, workdir)
-    export(pipeline, trained, config, workdir / "export", format="diffusers")
+    del pipeline
+    export(load_teacher(program, None), trained, config, workdir / "export", format="diffusers")
     print(f"The student is in {workdir / 'export'}, its pictures are in {workdir / 'samples'}.")
 
 
-def load_teacher(program: Program) -> Pipeline:
-    """The teacher's pipeline on the program's mesh, in its precision."""
+def describe_teacher(config: ConfigDict, *, weights_needed: bool) -> Pipeline:
+    """The teacher by its config.json files. Where no weights are needed and it is not in a folder here, the files in
+    ``config.architecture`` stand in for it, so that nothing is downloaded to plan or to compile."""
+    stand_in = config.architecture and not weights_needed and not Path(config.teacher).is_dir()
+    return read_architecture(config.architecture if stand_in else config.teacher, jnp.dtype(config.compute_dtype))
+
+
+def load_teacher(program: Program, param_dtype: Any) -> Pipeline:
+    """The teacher's pipeline on the program's mesh; param_dtype: None keeps the files' dtypes, as an export should."""
     config = program.config
 
     def shardings(_part, shapes):
@@ -60,14 +68,12 @@ def load_teacher(program: Program) -> Pipeline:
     return load_pipeline(
         config.teacher,
         dtype=jnp.dtype(config.compute_dtype),
-        param_dtype=jnp.dtype(config.frozen_dtype),
+        param_dtype=param_dtype,
         shardings=shardings,
     )
 
 
-def train(
-    program: Program, pipeline: Pipeline, prompts: list[str], grid_prompts: list[str], workdir: Path
-) -> Params | None:
+def train(program: Program, pipeline: Pipeline, prompts: list[str], grid_prompts: list[str], workdir: Path) -> Params:
     """Train to the last step; returns the trained parameters (their moving average where one is kept)."""
     config = program.config
     workdir.mkdir(parents=True, exist_ok=True)
@@ -93,7 +99,7 @@ def train(
     return state.trained
 
 
-def full_precision_unet(program: Program, pipeline: Pipeline) -> Any:
+def full_precision_unet(program: Program, pipeline: Pipeline) -> Params | None:
     """The teacher's UNet as float32, from which a student starts that trains all weights; None for a LoRA."""
     if program.config.trainable == "lora":
         return None
@@ -116,12 +122,11 @@ def restore(workdir: str | Path) -> tuple[ConfigDict, Pipeline, Params]:
     if not (workdir / CONFIG_FILE).is_file():
         raise UserError(f"{workdir} holds no run: name the --workdir that launch/train.py was given.")
     config = ConfigDict(read_json(workdir / CONFIG_FILE))
-    architecture = read_architecture(config.architecture or config.teacher, config.compute_dtype)
-    program = build_program(config, architecture)
+    program = build_program(config, describe_teacher(config, weights_needed=True))
     state = Checkpoints(workdir / "checkpoints").restore(program.state)
     if state is None:
         raise UserError(f"{workdir} holds no checkpoint yet: let launch/train.py run to its first one.")
-    return config, load_pipeline(config.teacher), state.trained
+    return config, load_teacher(program, None), state.trained
 
 
 def _check_resume(config: ConfigDict, workdir: Path) -> None:
