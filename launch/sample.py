@@ -39,6 +39,9 @@ def initial_noise(pipeline: Pipeline, num_prompts: int) -> jax.Array:
     unet, downscale = pipeline.unet.config, 2 ** (len(pipeline.vae.config["block_out_channels"]) - 1)
     channels = unet.get("in_channels", 4)
     if LATENTS.value is None:
+        multiple = downscale * 2 ** (len(unet["block_out_channels"]) - 1)
+        if IMAGE_SIZE.value < 0 or IMAGE_SIZE.value % multiple:
+            raise UserError(f"--image_size={IMAGE_SIZE.value} does not fit this model: use a multiple of {multiple}.")
         side = IMAGE_SIZE.value // downscale or unet["sample_size"]
         return draw_noise(SEED.value, num_prompts, (side, side, channels))
     try:

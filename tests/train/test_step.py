@@ -1,6 +1,7 @@
 """The distillation step: its gradient, its schedule of segments, and the same result on every mesh."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,7 @@ def reference_gradient(student, teacher, conditioning, unconditional, step, conf
 
     jumps = int(segment) + 1
     times = [999 - (999 - np.asarray(t_m)) * j // jumps for j in range(jumps + 1)]
-    for t, s in zip(times, times[1:], strict=False):
+    for t, s in itertools.pairwise(times):
         z = jump(z, teacher_eps(z, t), t, s)
     z_n = jump(z, teacher_eps(z, t_m), t_m, t_n)
     target = student_jump(student, z_n, t_n)  # not a function of what the gradient is taken for

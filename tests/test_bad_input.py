@@ -1,0 +1,154 @@
+"""A user's mistakes: each is one sentence on stderr and exit status 2, before any training begins."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+ROOT = Path(__file__).parents[1]
+UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def launch():
+    """launch(program, *args) -> {"status", "stdout", "stderr"} of a process of its own."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    command = [sys.executable, "tests/launch_server.py"]
+    server = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert server.stdin and server.stdout
+
+    def run(*argv):
+        server.stdin.write(json.dumps([str(a) for a in argv]) + "\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
+
+    yield run
+    server.stdin.close()
+    assert server.wait(timeout=300) == 0
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, sdxl_folder):
+    """Inputs with one thing wrong each, beside good ones."""
+    folder = tmp_path_factory.mktemp("bad_input")
+    (folder / "prompts.txt").write_text("red heart\n")
+    (folder / "empty.txt").write_text("\n \n")
+    (folder / "latin1.txt").write_bytes("h\xe9art\n".encode("latin-1"))
+    (folder / "no_model").mkdir()
+    (folder / "config_error.py").write_text(
+        "from mlcm_jax.config import base\n\ndef get_config():\n    config = base()\n    config.bach_size = 1\n"
+        "    return config\n"
+    )
+    np.save(folder / "three_channels.npy", np.zeros((1, 3, 16, 16), np.float32))
+    for name in ("missing_tensor", "wrong_shape", "wrong_activation"):
+        shutil.copytree(sdxl_folder, folder / name)
+    tensors = load_file(sdxl_folder / UNET_FILE)
+    save_file({k: v for k, v in tensors.items() if k != "conv_in.weight"}, folder / "missing_tensor" / UNET_FILE)
+    save_file(tensors | {"conv_in.weight": tensors["conv_in.weight"][:-1]}, folder / "wrong_shape" / UNET_FILE)
+    config_file = folder / "wrong_activation" / "unet" / "config.json"
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"act_fn": "mish2"}))
+    return folder
+
+
+def assert_one_sentence(result, *words):
+    assert result["status"] == 2, result
+    assert "Traceback" not in result["stdout"] + result["stderr"]
+    assert result["stderr"].startswith("error: ") and result["stderr"].count("\n") == 1, result["stderr"]
+    assert len(result["stderr"]) < 500
+    for word in words:
+        assert word in result["stderr"], result["stderr"]
+
+
+SAMPLE = {
+    "a wrong path": (["--model={files}/nowhere"], ["{files}/nowhere does not exist"]),
+    "a file": (["--model={files}/prompts.txt"], ["is a file"]),
+    "no model": (["--model={files}/no_model"], ["has no model_index.json"]),
+    "a missing tensor": (["--model={files}/missing_tensor"], ["conv_in.weight", "unet"]),
+    "a wrong shape": (["--model={files}/wrong_shape"], ["conv_in.weight", "[31, 4, 3, 3]"]),
+    "an unsupported setting": (["--model={files}/wrong_activation"], ["act_fn", "mish2"]),
+    "no steps": (["--model={model}", "--steps=0"], ["num_steps=0"]),
+    "steps that are no number": (["--model={model}", "--steps=four"], ["--steps=four"]),
+    "latents of another model": (["--model={model}", "--latents={files}/three_channels.npy"], ["[1, 3, 16, 16]"]),
+    "latents that are text": (["--model={model}", "--latents={files}/prompts.txt"], ["not a readable .npy"]),
+    "an image size": (["--model={model}", "--image_size=31"], ["image_size=31"]),
+}
+
+
+@pytest.mark.parametrize("mistake", SAMPLE)
+def test_sample(launch, files, sdxl_folder, tmp_path, mistake):
+    args, words = SAMPLE[mistake]
+    places = {"files": files, "model": sdxl_folder}
+    args = [arg.format(**places) for arg in args]
+    result = launch("sample", "--prompt=x", f"--out={tmp_path / 'x.png'}", *args)
+    assert_one_sentence(result, *(word.format(**places) for word in words))
+    assert not (tmp_path / "x.png").exists()
+
+
+TRAIN = {
+    "a misspelt setting": (["--config.num_stepz=3"], ["'num_stepz'", "did you mean 'num_steps'"]),
+    "a misspelt inner setting": (["--config.optim.learning_rat=3"], ["'learning_rat'", "'learning_rate'"]),
+    "an unheard-of setting": (["--config.zzz=3"], ["'zzz'"]),
+    "a setting of no group": (["--config.lora.rank.x=3"], ["lora.rank.x"]),
+    "a setting of another type": (["--config.num_steps=many"], ["num_steps=many"]),
+    "no configuration file": (["--config=configs/nope.py"], ["--config=configs/nope.py is not"]),
+    "a mistake in the configuration file": (["--config={files}/config_error.py"], ["'bach_size'", "'batch_size'"]),
+    "a wrong variant": (["--config=configs/sdxl.py:small"], ["'small'", "full, lora"]),
+    "no teacher": (["--config.teacher={files}/nowhere"], ["{files}/nowhere does not exist"]),
+    "a teacher that is no model": (["--config.teacher={files}/no_model"], ["has no model_index.json"]),
+    "a teacher without a tensor": (["--config.teacher={files}/missing_tensor"], ["conv_in.weight"]),
+    "an empty prompt file": (["--config.prompts={files}/empty.txt"], ["empty.txt is empty"]),
+    "a prompt file that is not text": (["--config.prompts={files}/latin1.txt"], ["not UTF-8"]),
+    "no prompt file": (["--config.sample.prompts={files}/nowhere.txt"], ["nowhere.txt does not exist"]),
+    "no segments": (["--config.num_segments=0"], ["num_segments=0", "1 to 100"]),
+    "no prompts a step": (["--config.batch_size=0"], ["batch_size=0"]),
+    "a batch that the mesh cannot share": (["--config.batch_size=6"], ["batch_size=6", "multiple of 4"]),
+    "a mesh of other devices": (["--config.mesh.fsdp=3"], ["fsdp 3", "4 devices"]),
+    "an image size": (["--config.image_size=33"], ["image_size=33", "multiple of 4"]),
+    "an unknown distance": (["--config.distance=l3"], ["distance='l3'", "l2, pseudo_huber"]),
+    "a LoRA without layers": (
+        ["--config.trainable=lora", "--config.lora.targets=('nothing',)"],
+        ["'nothing' matches no layer"],
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", TRAIN)
+def test_train(launch, files, sdxl_folder, tmp_path, mistake):
+    args, words = TRAIN[mistake]
+    places = {"files": files, "model": sdxl_folder}
+    good = {"teacher": sdxl_folder, "prompts": files / "prompts.txt", "sample.prompts": files / "prompts.txt"}
+    args = [arg.format(**places) for arg in args]
+    if not any(arg.startswith("--config=") for arg in args):
+        given = [arg.partition("=")[0] for arg in args]
+        defaults = [f"--config.{k}={v}" for k, v in good.items() if f"--config.{k}" not in given]
+        args = ["--config=configs/emoji.py", *defaults, *args]
+    result = launch("train", f"--workdir={tmp_path / 'run'}", *args)
+    assert_one_sentence(result, *(word.format(**places) for word in words))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+EXPORT = {
+    "no run": (["--workdir={files}"], ["holds no run"]),
+    "an unknown format": (["--workdir={files}", "--format=onnx"], ["onnx", "diffusers"]),
+}
+
+
+@pytest.mark.parametrize("mistake", EXPORT)
+def test_export(launch, files, tmp_path, mistake):
+    args, words = EXPORT[mistake]
+    result = launch("export", f"--out={tmp_path / 'out'}", *(arg.format(files=files) for arg in args))
+    assert_one_sentence(result, *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("topology", ["v9:2x2", "v5e:2xx", "v5e"])
+def test_compile_for_a_slice_that_does_not_exist(launch, files, sdxl_folder, topology):
+    args = [f"--config.teacher={sdxl_folder}", f"--config.prompts={files / 'prompts.txt'}"]
+    assert_one_sentence(launch("compile", "--config=configs/emoji.py", *args, f"--topology={topology}"), topology)
