@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mlcm_jax.hub.pipeline import Pipeline
+from mlcm_jax.errors import UserError
+from mlcm_jax.hub.pipeline import Network, Pipeline
 from mlcm_jax.types import Params, TextConditioning
 
 CHUNK = 64  # prompts that long lists are encoded by at a time
@@ -20,8 +21,12 @@ def encode_prompts(pipeline: Pipeline, prompts: Sequence[str], image_size: int) 
 
     StableDiffusionXLPipeline: the states before each encoder's last layer, side by side, and the last encoder's
     pooled state. StableDiffusionPipeline: the encoder's last states. Longer prompts are cut to the tokenizer's length.
+    More than ``CHUNK`` prompts are encoded by ``CHUNK`` at a time, and the result is on the host.
+
+    Raises UserError when a tokenizer makes longer rows, or other ids, than its text encoder has embeddings for.
     """
-    tokens = [tokenize(tokenizer, prompts) for tokenizer in pipeline.tokenizers]
+    pairs = zip(pipeline.tokenizers, pipeline.text_encoders, strict=True)
+    tokens = [_checked_tokens(tokenizer, encoder, prompts) for tokenizer, encoder in pairs]
     if len(prompts) <= CHUNK:
         return _conditioning(pipeline, tokens, image_size)
     padded = [np.concatenate([t, t[: -len(t) % CHUNK]]) for t in tokens]
@@ -33,11 +38,15 @@ def encode_prompts(pipeline: Pipeline, prompts: Sequence[str], image_size: int) 
 
 
 def unconditional(pipeline: Pipeline, n: int, image_size: int) -> TextConditioning:
-    """Conditioning of the unconditional branch: zeros where the pipeline forces them, else the empty prompt's."""
-    empty = encode_prompts(pipeline, [""] * n, image_size)
-    if not pipeline.model_index.get("force_zeros_for_empty_prompt", False):
-        return empty
-    return empty.replace(hidden_states=jnp.zeros_like(empty.hidden_states), pooled=jnp.zeros_like(empty.pooled))
+    """Conditioning of the unconditional branch: zeros where the pipeline forces them, else the empty prompt's.
+
+    As in diffusers, a model_index.json that says nothing forces zeros for StableDiffusionXLPipeline, and only for it.
+    """
+    empty = encode_prompts(pipeline, [""], image_size)
+    if pipeline.model_index.get("force_zeros_for_empty_prompt", _is_sdxl(pipeline)):
+        zeros = jnp.zeros_like(empty.hidden_states), jnp.zeros_like(empty.pooled)
+        empty = TextConditioning(*zeros, empty.time_ids)
+    return jax.tree.map(lambda row: jnp.broadcast_to(row, (n, *row.shape[1:])), empty)
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Int[np.ndarray, "n tokens"]:
@@ -52,11 +61,31 @@ def time_ids(n: int, image_size: int) -> Float[Array, "n 6"]:
     return jnp.broadcast_to(row, (n, 6))
 
 
+def _checked_tokens(tokenizer: Any, encoder: Network, prompts: Sequence[str]) -> Int[np.ndarray, "n tokens"]:
+    # An index beyond a table is not an error in JAX: the states would be NaN.
+    config = encoder.module.config
+    if tokenizer.model_max_length > config.max_position_embeddings:
+        raise UserError(
+            f"The tokenizer's model_max_length is {tokenizer.model_max_length}, but its text encoder takes "
+            f"{config.max_position_embeddings} tokens: set model_max_length in tokenizer_config.json."
+        )
+    tokens = tokenize(tokenizer, prompts)
+    if tokens.max() >= config.vocab_size:
+        raise UserError(
+            f"The tokenizer made the id {tokens.max()}, but its text encoder has {config.vocab_size} tokens: "
+            "use the tokenizer that belongs to the encoder."
+        )
+    return tokens
+
+
+def _is_sdxl(pipeline: Pipeline) -> bool:
+    return pipeline.model_index["_class_name"] == "StableDiffusionXLPipeline"
+
+
 def _conditioning(pipeline: Pipeline, tokens: list[np.ndarray], image_size: int) -> TextConditioning:
-    penultimate = pipeline.model_index["_class_name"] == "StableDiffusionXLPipeline"
     modules = tuple(encoder.module for encoder in pipeline.text_encoders)
     params = [encoder.params for encoder in pipeline.text_encoders]
-    states, pooled = _encode(modules, penultimate, params, tokens)
+    states, pooled = _encode(modules, _is_sdxl(pipeline), params, tokens)
     return TextConditioning(states, pooled, time_ids(len(tokens[0]), image_size))
 
 

@@ -64,6 +64,11 @@ def _vision_inputs(config: Mapping[str, Any]) -> tuple:
     return (_image(config.get("image_size", 224)),)
 
 
+def _clip_inputs(config: Mapping[str, Any]) -> tuple:
+    text, vision = (config.get(f"{part}_dict") or config[part] for part in ("text_config", "vision_config"))
+    return *_text_inputs(text), *_vision_inputs(vision)
+
+
 def _vae_inputs(config: Mapping[str, Any]) -> tuple:
     return (_image(2 ** len(config.get("block_out_channels", (64,)))),)
 
@@ -82,6 +87,7 @@ NETWORKS = {
     "CLIPTextModel": NetworkClass("mlcm_jax.models.clip", "CLIPTextModel", _text_inputs),
     "CLIPTextModelWithProjection": NetworkClass("mlcm_jax.models.clip", "CLIPTextModel", _text_inputs),
     "CLIPVisionModelWithProjection": NetworkClass("mlcm_jax.models.clip", "CLIPVisionModel", _vision_inputs),
+    "CLIPModel": NetworkClass("mlcm_jax.models.clip", "CLIPModel", _clip_inputs),
 }
 
 

@@ -1,6 +1,5 @@
 """CLIP's text and vision towers as transformers has them (arXiv 2103.00020), driven by its config.json."""
 
-import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -8,72 +7,10 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mlcm_jax.models.config import Table, read_config
+from mlcm_jax.models.clip_config import TextTowerConfig, TowerConfig, VisionTowerConfig, read_clip, text_class
 from mlcm_jax.models.layers import ACTIVATIONS, Conv, Dense, Embedding, LayerNorm, dot_product_attention
 
 LEGACY_EOS = 2  # what old config.json files say for every tokenizer; the end of text is then the largest id
-
-_ANY = None
-# key: (transformers' default, supported values or None for any). Keys that only generation or training read are
-# accepted whatever they say, since they do not shape the network.
-_TOWER: Table = {
-    "hidden_act": ("quick_gelu", ("quick_gelu", "gelu")),
-    "layer_norm_eps": (1e-5, _ANY),
-    "num_attention_heads": (8, _ANY),
-    "num_hidden_layers": (12, _ANY),
-    "hidden_size": (512, _ANY),
-    "intermediate_size": (2048, _ANY),
-    "projection_dim": (512, _ANY),
-    "attention_dropout": (0.0, _ANY),
-    "dropout": (0.0, _ANY),
-    "initializer_factor": (1.0, _ANY),
-    "initializer_range": (0.02, _ANY),
-    "model_type": ("", _ANY),
-    "architectures": (None, _ANY),
-    "dtype": (None, _ANY),
-    "torch_dtype": (None, _ANY),
-    "transformers_version": (None, _ANY),
-}
-TEXT_KEYS: Table = {
-    **_TOWER,
-    "vocab_size": (49408, _ANY),
-    "max_position_embeddings": (77, _ANY),
-    "eos_token_id": (49407, _ANY),
-    "bos_token_id": (49406, _ANY),
-    "pad_token_id": (1, _ANY),
-}
-VISION_KEYS: Table = {
-    **_TOWER,
-    "hidden_size": (768, _ANY),
-    "intermediate_size": (3072, _ANY),
-    "num_attention_heads": (12, _ANY),
-    "image_size": (224, _ANY),
-    "patch_size": (32, _ANY),
-    "num_channels": (3, (3,)),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class TowerConfig:
-    """The keys of config.json that shape one tower; those of the other kind of tower are None."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_hidden_layers: int
-    hidden_act: str
-    layer_norm_eps: float
-    projection_dim: int
-    vocab_size: int | None = None
-    max_position_embeddings: int | None = None
-    eos_token_id: int | None = None
-    image_size: int | None = None
-    patch_size: int | None = None
-
-    @classmethod
-    def read(cls, config: dict[str, Any], table: Table, class_name: str) -> "TowerConfig":
-        values = read_config(config, table, class_name)
-        return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
 
 
 @flax.struct.dataclass
@@ -110,22 +47,23 @@ class CLIPMLP(nn.Module):
 
 
 class CLIPLayer(nn.Module):
-    """Pre-norm transformer layer in the form nn.scan takes; it also hands on its input."""
+    """Pre-norm transformer layer in the form nn.scan takes; it carries its input along with its output."""
 
     config: TowerConfig
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, mask):
+    def __call__(self, states, mask):
         cfg, dtype = self.config, self.dtype
+        x, _ = states
         h = LayerNorm(cfg.layer_norm_eps, dtype, name="layer_norm1")(x)
         y = x + CLIPAttention(cfg, dtype, name="self_attn")(h, mask)
         h = LayerNorm(cfg.layer_norm_eps, dtype, name="layer_norm2")(y)
-        return y + CLIPMLP(cfg, dtype, name="mlp")(h), x
+        return (y + CLIPMLP(cfg, dtype, name="mlp")(h), x), None
 
 
 class CLIPEncoder(nn.Module):
-    """All layers; returns the last layer's output and its input."""
+    """All layers; returns the last layer's output and its input, the only inner state that is kept."""
 
     config: TowerConfig
     dtype: jnp.dtype
@@ -136,15 +74,15 @@ class CLIPEncoder(nn.Module):
             CLIPLayer,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]  (as in attention.py)
             length=self.config.num_hidden_layers,
         )
-        x, inputs = layers(self.config, self.dtype, name="layers")(x, mask)
-        return x, inputs[-1]
+        states, _ = layers(self.config, self.dtype, name="layers")((x, x), mask)
+        return states
 
 
 class CLIPTextEmbeddings(nn.Module):
-    config: TowerConfig
+    config: TextTowerConfig
     dtype: jnp.dtype
 
     @nn.compact
@@ -156,7 +94,7 @@ class CLIPTextEmbeddings(nn.Module):
 
 
 class CLIPTextTransformer(nn.Module):
-    config: TowerConfig
+    config: TextTowerConfig
     dtype: jnp.dtype
 
     @nn.compact
@@ -174,15 +112,18 @@ class CLIPTextTransformer(nn.Module):
 class CLIPTextModel(nn.Module):
     """CLIPTextModel, and CLIPTextModelWithProjection where ``with_projection``."""
 
-    config: TowerConfig
+    config: TextTowerConfig
     with_projection: bool
     dtype: jnp.dtype = jnp.float32
 
     @classmethod
     def from_config(cls, config: dict[str, Any], dtype=jnp.float32) -> "CLIPTextModel":
-        """Build from transformers' config.json; its "architectures" decides on the projection."""
-        name = (config.get("architectures") or ["CLIPTextModel"])[0]
-        return cls(TowerConfig.read(config, TEXT_KEYS, name), name == "CLIPTextModelWithProjection", dtype)
+        """Build from transformers' config.json; its "architectures" decides on the projection.
+
+        Raises UserError for a key or a value that is not supported.
+        """
+        name = text_class(config)
+        return cls(TextTowerConfig.read(config, name), name == "CLIPTextModelWithProjection", dtype)
 
     @nn.compact
     def __call__(self, input_ids: Int[Array, "n t"]) -> CLIPTextOutput:
@@ -191,11 +132,11 @@ class CLIPTextModel(nn.Module):
         if not self.with_projection:
             return out
         project = Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection")
-        return out.replace(pooled=project(out.pooled))
+        return CLIPTextOutput(out.penultimate, out.last_hidden_state, project(out.pooled))
 
 
 class CLIPVisionEmbeddings(nn.Module):
-    config: TowerConfig
+    config: VisionTowerConfig
     dtype: jnp.dtype
 
     @nn.compact
@@ -214,7 +155,7 @@ class CLIPVisionEmbeddings(nn.Module):
 
 
 class CLIPVisionTransformer(nn.Module):
-    config: TowerConfig
+    config: VisionTowerConfig
     dtype: jnp.dtype
 
     @nn.compact
@@ -229,13 +170,13 @@ class CLIPVisionTransformer(nn.Module):
 class CLIPVisionModel(nn.Module):
     """CLIPVisionModelWithProjection."""
 
-    config: TowerConfig
+    config: VisionTowerConfig
     dtype: jnp.dtype = jnp.float32
 
     @classmethod
     def from_config(cls, config: dict[str, Any], dtype=jnp.float32) -> "CLIPVisionModel":
-        """Build from transformers' config.json."""
-        return cls(TowerConfig.read(config, VISION_KEYS, "CLIPVisionModelWithProjection"), dtype)
+        """Build from transformers' config.json; raises UserError for a key or a value that is not supported."""
+        return cls(VisionTowerConfig.read(config, "CLIPVisionModelWithProjection"), dtype)
 
     @nn.compact
     def __call__(self, pixel_values: Float[Array, "n h w 3"]) -> Float[Array, "n p"]:
@@ -247,22 +188,16 @@ class CLIPVisionModel(nn.Module):
 class CLIPModel(nn.Module):
     """Both towers in one space (CLIPModel): a scorer of pictures against captions."""
 
-    text: TowerConfig
-    vision: TowerConfig
+    text: TextTowerConfig
+    vision: VisionTowerConfig
     projection_dim: int
     logit_scale_init: float
     dtype: jnp.dtype = jnp.float32
 
     @classmethod
     def from_config(cls, config: dict[str, Any], dtype=jnp.float32) -> "CLIPModel":
-        """Build from transformers' config.json."""
-        return cls(
-            TowerConfig.read(config["text_config"], TEXT_KEYS, "CLIPModel's text_config"),
-            TowerConfig.read(config["vision_config"], VISION_KEYS, "CLIPModel's vision_config"),
-            config.get("projection_dim", 512),
-            config.get("logit_scale_init_value", 2.6592),
-            dtype,
-        )
+        """Build from transformers' config.json; raises UserError for a key or a value that is not supported."""
+        return cls(*read_clip(config), dtype)
 
     def setup(self):
         self.text_model = CLIPTextTransformer(self.text, self.dtype)

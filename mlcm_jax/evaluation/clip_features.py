@@ -1,0 +1,58 @@
+"""Image features of a scorer: a folder of transformers' CLIPModel (arXiv 2103.00020)."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from mlcm_jax.errors import UserError
+from mlcm_jax.evaluation.preprocess import Preprocessor
+from mlcm_jax.hub.pipeline import Network, load_network
+
+CHUNK = 64  # images that are encoded at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """A CLIPModel and what its images go through first."""
+
+    network: Network
+    preprocessor: Preprocessor
+
+
+def load_scorer(folder: str | Path, *, dtype: Any = jnp.float32) -> Scorer:
+    """Read config.json, weights and preprocessor_config.json; ``dtype`` is the compute dtype.
+
+    Raises UserError for an unsupported setting and for unfit weights.
+    """
+    return Scorer(load_network(folder, "CLIPModel", dtype=dtype), Preprocessor.from_folder(folder))
+
+
+@partial(jax.jit, static_argnames=("module",))
+def _encode(module, params, pixels):
+    return module.apply({"params": params}, pixels, method="encode_images").astype(jnp.float32)
+
+
+def image_features(scorer: Scorer, images: UInt8[np.ndarray, "n H W 3"]) -> Float[np.ndarray, "n p"]:
+    """Projected image embeddings, float32, not normalised; compiled once, for ``CHUNK`` images at a time.
+
+    These are the features of CLIP-FID (arXiv 2203.06026); scale the rows to length one for cosine similarities.
+    Raises UserError when the images do not come out at the size that the tower takes.
+    """
+    side, features = scorer.network.module.vision.image_size, []
+    for start in range(0, len(images), CHUNK):
+        pixels = scorer.preprocessor(images[start : start + CHUNK])
+        n, height, width, _ = pixels.shape
+        if (height, width) != (side, side):
+            raise UserError(
+                f"The images come out at {height} x {width} pixels, but the scorer takes {side} x {side}: give square "
+                "images, or a preprocessor_config.json that crops them."
+            )
+        padded = np.concatenate([pixels, np.zeros((CHUNK - n, side, side, 3), np.float32)])
+        features.append(np.asarray(_encode(scorer.network.module, scorer.network.params, padded))[:n])
+    return np.concatenate(features)
