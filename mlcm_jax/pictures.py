@@ -48,14 +48,19 @@ def plot_loss(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
     plt.close(figure)
 
 
-def plot_closeness(student: Mapping[int, float], teacher: Mapping[int, float], reference: str, path: Path) -> None:
-    """Mean squared latent distance to the reference against the number of steps, for student and teacher."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for label, values, style in (("student", student, "o-"), ("teacher", teacher, "s--")):
-        axes.plot(list(values), list(values.values()), style, label=label)
-    axes.set(xlabel="sampling steps", ylabel=f"mean squared latent distance\nto the {reference}", ylim=(0, None))
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted({*student, *teacher}), labels=[str(n) for n in sorted({*student, *teacher})])
-    axes.legend()
+def plot_closeness(panels: Mapping[str, Mapping[str, Mapping[int, float]]], path: Path) -> None:
+    """Distances against the number of steps, side by side.
+
+    panels: name of the distance -> who drew ("student", "teacher") -> number of steps -> value.
+    """
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4), layout="constrained", squeeze=False)
+    for axes, (distance, curves) in zip(all_axes[0], panels.items(), strict=True):
+        for (label, values), style in zip(curves.items(), ("o-", "s--"), strict=True):
+            axes.plot(list(values), list(values.values()), style, label=label)
+        ticks = sorted({n for values in curves.values() for n in values})
+        axes.set(xlabel="sampling steps", ylabel=distance, ylim=(0, None))
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, labels=[str(n) for n in ticks])
+        axes.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)

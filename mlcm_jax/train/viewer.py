@@ -68,7 +68,8 @@ class Viewer:
             "student": {n: float(latent_distance(z, self.reference()).mean()) for n, z in student.items()},
             "teacher": {n: float(latent_distance(self.teacher(n), self.reference()).mean()) for n in sample.steps},
         }
-        plot_closeness(distances["student"], distances["teacher"], reference_name, folder / "closeness.png")
+        panel = f"mean squared latent distance\nto the {reference_name}"
+        plot_closeness({panel: distances}, folder / "closeness.png")
         write_json({"latent_mse_to_the_" + reference_name.replace(" ", "_"): distances}, workdir / "results.json")
 
     def _draw(self, variables, scheduler_config, guidance_scale: float, num_steps: int) -> jax.Array:
