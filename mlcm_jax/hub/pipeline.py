@@ -192,11 +192,12 @@ def conditioning_shapes(pipeline: Pipeline, n: int) -> TextConditioning:
     dtype = pipeline.text_encoders[-1].module.dtype
     width = sum(config["hidden_size"] for config in encoders)
     pooled = last["projection_dim"] if projected else last["hidden_size"]
-    return TextConditioning(
-        hidden_states=jax.ShapeDtypeStruct((n, last["max_position_embeddings"], width), dtype),
-        pooled=jax.ShapeDtypeStruct((n, pooled), dtype),
-        time_ids=jax.ShapeDtypeStruct((n, 6), jnp.float32),
-    )
+
+    def zeros() -> TextConditioning:
+        states = jnp.zeros((n, last["max_position_embeddings"], width), dtype)
+        return TextConditioning(states, jnp.zeros((n, pooled), dtype), jnp.zeros((n, 6), jnp.float32))
+
+    return jax.eval_shape(zeros)
 
 
 def load_tokenizer(folder: Path, class_name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -24,7 +25,7 @@ from mlcm_jax.train.state import TrainState
 from mlcm_jax.types import Latents, Params, TextConditioning, Timesteps
 
 # (variables, latents, timesteps, conditioning) -> the network's own prediction
-Apply = Callable[[Params, Latents, Timesteps, TextConditioning], Latents]
+Apply = Callable[..., Any]
 StepFn = Callable[[TrainState, "Frozen", TextConditioning], tuple[TrainState, dict[str, Array]]]
 
 
@@ -83,7 +84,7 @@ def make_train_step(
 
         loss, grads = jax.value_and_grad(loss_fn)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = cast(Params, optax.apply_updates(state.params, updates))
         ema = None if state.ema is None else update_ema(state.ema, params, config.ema_decay)
         metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "segment": segment}
         return TrainState(state.step + 1, params, opt_state, ema), metrics

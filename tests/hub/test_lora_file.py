@@ -78,7 +78,7 @@ def test_diffusers_reads_the_same_network(sdxl_folder, unet, tree, tmp_path, hea
     np.testing.assert_allclose(ours / scale, adapted / scale, atol=1e-4)
     loaded = {n.split(".lora_A")[0] for n, _ in pipe.unet.named_parameters() if ".lora_A." in n}
     with safe_open(file, "np") as f:
-        assert loaded == {k.removeprefix("unet.").split(".lora_A")[0] for k in f.keys() if "lora_A" in k}
+        assert loaded == {k.removeprefix("unet.").split(".lora_A")[0] for k in sorted(f.keys()) if "lora_A" in k}
 
 
 def test_merged_equals_low_rank_path(unet, tree):
