@@ -82,12 +82,17 @@ def randomise(module, seed):
     return module.eval()
 
 
-def save_sdxl(folder, unet=None):
-    """A StableDiffusionXLPipeline: 16 x 16 latents, 32 x 32 images."""
+def save_sdxl(folder, unet_config=None, gain=1.0):
+    """A StableDiffusionXLPipeline: 16 x 16 latents, 32 x 32 images.
+
+    gain multiplies the UNet's output: at 10 its prediction has the size of the noise, and shows in the pictures.
+    """
+    unet = randomise(UNet2DConditionModel(**(unet_config or UNET | XL)), 1)
+    unet.conv_out.weight.data *= gain
     tokenizer = tiny_tokenizer(folder.with_name(folder.name + "_vocab"))
     StableDiffusionXLPipeline(
         vae=randomise(tiny_vae(), 0),
-        unet=randomise(UNet2DConditionModel(**(unet or UNET | XL)), 1),
+        unet=unet,
         text_encoder=randomise(CLIPTextModel(CLIPTextConfig(**TEXT)), 2),
         text_encoder_2=randomise(CLIPTextModelWithProjection(CLIPTextConfig(**TEXT, projection_dim=32)), 3),
         tokenizer=tokenizer,

@@ -1,0 +1,51 @@
+"""launch/compile.py with the real TPU compiler: a whole step for a v5e 2x2 slice, on a host without TPUs."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e .[test]"
+)
+@pytest.mark.parametrize("trainable", ["full", pytest.param("lora", marks=pytest.mark.slow)])
+def test_the_step_compiles_for_a_v5e_slice(tmp_path, trainable):
+    from tiny_models import ONE_LEVEL_XL, save_sdxl
+
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    save_sdxl(teacher, ONE_LEVEL_XL)
+    (tmp_path / "prompts.txt").write_text("red heart\n")
+    settings = {
+        "teacher": teacher,
+        "prompts": tmp_path / "prompts.txt",
+        "sample.prompts": tmp_path / "prompts.txt",
+        "trainable": trainable,
+        "lora.rank": 4,
+        "lora.targets": ("/to_(q|k|v|out_0)$", "/conv[12]$"),
+        "batch_size": 4,
+        "compute_dtype": "bfloat16",
+        "frozen_dtype": "bfloat16",
+        "mesh.data": 1,
+        "mesh.fsdp": 2,
+        "mesh.tensor": 2,
+    }
+    # Several processes may compile at once: nothing is attached that they could quarrel over.
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    env["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    command = [sys.executable, "launch/compile.py", "--config=configs/emoji.py", "--topology=v5e:2x2"]
+    command += [f"--config.{name}={value}" for name, value in settings.items()] + [f"--out={tmp_path / 'out.json'}"]
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1500)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "4 x TPU v5 lite, mesh data 1 x fsdp 2 x tensor 2" in result.stdout
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert figures["topology"] == "v5e:2x2" and figures["trainable"] == trainable and figures["hbm_gb"] == 16
+    assert 0 < figures["arguments_gb"] < figures["used_gb"] < 1
+    assert figures["temporaries_gb"] > 0 and figures["tflop_per_step"] > 0

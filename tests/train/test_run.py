@@ -1,0 +1,231 @@
+"""The programs in real processes: killed and resumed runs, and exports as stock diffusers draws them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_models import ONE_LEVEL_XL, save_sdxl
+
+from mlcm_jax.train.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+NUM_STEPS = 12
+PROMPT = "red heart"
+STEPS = [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3)), 4]
+STEPS += [pytest.param(n, marks=pytest.mark.slow) for n in (5, 6, 7, 8)]
+
+
+class Programs:
+    """launch/*.py on one CPU device, with one cache of compiled programs for all processes of the module."""
+
+    def __init__(self, folder: Path, teacher: Path):
+        self.folder, self.teacher = folder, teacher
+        (folder / "prompts.txt").write_text("red heart\nblue star\ngreen leaf\nyellow sun\nblack cat\n")
+        (folder / "grid.txt").write_text(PROMPT + "\n")
+        self.env = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": str(ROOT),
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        }
+
+    def start(self, program: str, *args: str) -> subprocess.Popen:
+        command = [sys.executable, f"launch/{program}.py", *args]
+        return subprocess.Popen(
+            command, cwd=ROOT, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def run(self, program: str, *args: str) -> tuple[str, str]:
+        process = self.start(program, *args)
+        try:
+            out, err = process.communicate(timeout=1500)
+        finally:
+            process.kill()
+        assert process.returncode == 0, err[-3000:]
+        return out, err
+
+    def train_args(self, workdir: Path, **settings) -> list[str]:
+        values = {
+            "teacher": self.teacher,
+            "prompts": self.folder / "prompts.txt",
+            "num_steps": NUM_STEPS,
+            "batch_size": 2,
+            "num_segments": 4,
+            "log_every": 1,
+            "checkpoint_every": 5,
+            "sample.prompts": self.folder / "grid.txt",
+            "sample.steps": "1,4",
+            "sample.teacher_steps": 4,
+            "sample.teacher_few_steps": 1,
+        } | settings
+        overrides = [f"--config.{name}={value}" for name, value in values.items()]
+        return ["--config=configs/emoji.py", f"--workdir={workdir}", *overrides]
+
+    def sample(self, model: Path, latents: Path, num_steps: int) -> np.ndarray:
+        out = self.folder / f"{model.name}_{num_steps}.png"
+        self.run(
+            "sample", f"--model={model}", f"--prompt={PROMPT}", f"--latents={latents}", f"--steps={num_steps}",
+            f"--out={out}",
+        )  # fmt: skip
+        return np.asarray(Image.open(out))
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("programs")
+    teacher = folder / "teacher"
+    teacher.mkdir()
+    return Programs(folder, save_sdxl(teacher, ONE_LEVEL_XL, gain=10.0))
+
+
+@pytest.fixture(scope="module")
+def finished(programs):
+    """(workdir, stdout, stderr) of an uninterrupted run."""
+    workdir = programs.folder / "finished"
+    return workdir, *programs.run("train", *programs.train_args(workdir))
+
+
+@pytest.fixture(scope="module")
+def latents(programs):
+    path = programs.folder / "latents.npy"
+    np.save(path, np.random.default_rng(0).standard_normal((1, 4, 16, 16)).astype(np.float32))
+    return path
+
+
+def signal_after(process: subprocess.Popen, metrics: Path, step: int, number: signal.Signals) -> str:
+    """Send a signal as soon as the run has written the metrics of ``step``; returns stderr."""
+    deadline = time.monotonic() + 1500
+    while not any(m["step"] >= step for m in read_metrics(metrics)):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-3000:]
+        time.sleep(0.005)
+    process.send_signal(number)
+    return process.communicate(timeout=600)[1]
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def losses(workdir: Path) -> list[tuple[int, float, float]]:
+    return [(m["step"], m["loss"], m["grad_norm"]) for m in read_metrics(workdir / "metrics.jsonl")]
+
+
+def test_a_run_says_what_it_does_and_leaves_all_its_files(finished):
+    workdir, out, err = finished
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[:6]] == ["teacher", "training", "devices", "images", "work", "memory"]
+    assert "1 x cpu, mesh data 1 x fsdp 1 x tensor 1" in out and "32 x 32 px" in out
+    assert lines[6:] == [f"The student is in {workdir / 'export'}, its pictures are in {workdir / 'samples'}."]
+    bar = err.replace("\r", "\n").strip().splitlines()
+    assert f"{NUM_STEPS}/{NUM_STEPS}" in bar[-1] and "loss=" in bar[-1] and "examples_per_s=" in bar[-1]
+    assert all("step" in line for line in bar if line.strip()), "nothing but the progress bar is on stderr"
+    assert [step for step, *_ in losses(workdir)] == list(range(1, NUM_STEPS + 1))
+    assert len({loss for _, loss, _ in losses(workdir)}) == NUM_STEPS
+    assert saved_steps(workdir) == [10, 12]
+    pictures = {p.name for p in (workdir / "samples").iterdir()}
+    assert pictures == {"final.png", "closeness.png", "loss.png", f"step_{NUM_STEPS:06d}.png"}
+    (distances,) = json.loads((workdir / "results.json").read_text()).values()
+    assert set(distances["student"]) == {"1", "4"} and all(v > 0 for v in distances["student"].values())
+    assert any((workdir / "tb").iterdir())
+    assert (workdir / "export" / "model_index.json").is_file()
+
+
+def test_killed_and_preempted_runs_go_on_as_if_nothing_had_happened(programs, finished):
+    workdir = programs.folder / "interrupted"
+    args = programs.train_args(workdir)
+    metrics = workdir / "metrics.jsonl"
+
+    process = programs.start("train", *args)
+    signal_after(process, metrics, 7, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    killed_at = losses(workdir)[-1][0]
+    assert 7 <= killed_at < NUM_STEPS and saved_steps(workdir)[-1] < killed_at, "there are steps to repeat"
+
+    process = programs.start("train", *args)
+    err = signal_after(process, metrics, killed_at + 1, signal.SIGTERM)
+    assert process.returncode not in (0, -signal.SIGTERM)
+    stopped_at = saved_steps(workdir)[-1]
+    assert f"Stopped by a signal at step {stopped_at}: run the same command to go on." in err
+    assert stopped_at == losses(workdir)[-1][0] and "Traceback" not in err
+
+    out, _ = programs.run("train", *args)
+    assert "The student is in" in out
+    assert losses(workdir) == losses(finished[0])  # every step once, and to the bit
+    for name in ("unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"):
+        assert (workdir / "export" / name).read_bytes() == (finished[0] / "export" / name).read_bytes()
+
+
+def test_other_settings_in_the_same_workdir_are_refused(programs, finished):
+    process = programs.start("train", *programs.train_args(finished[0], num_segments=2))
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 2 and out == ""
+    assert err.startswith(f"error: {finished[0]} holds a run with other settings (num_segments)")
+
+
+@pytest.fixture(scope="module")
+def stock(finished):
+    """Stock diffusers' pipeline of the export, in float32."""
+    import torch
+    from diffusers import StableDiffusionXLPipeline
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(finished[0] / "export", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, latents: Path, num_steps: int) -> np.ndarray:
+    """Stock diffusers' picture, uint8 [H, W, 3]."""
+    import torch
+
+    noise = torch.from_numpy(np.load(latents))
+    images = pipe(PROMPT, latents=noise, guidance_scale=0, num_inference_steps=num_steps, output_type="np").images
+    return np.round(images[0] * 255).astype(np.uint8)
+
+
+def assert_same_picture(ours: np.ndarray, theirs: np.ndarray) -> None:
+    assert ours.shape == theirs.shape == (32, 32, 3) and theirs.std() > 5
+    assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 2
+
+
+@pytest.mark.parametrize("num_steps", STEPS)
+def test_stock_diffusers_draws_the_same_pictures(programs, finished, stock, latents, num_steps):
+    ours = programs.sample(finished[0] / "export", latents, num_steps)
+    assert_same_picture(ours, draw(stock, latents, num_steps))
+
+
+@pytest.fixture(scope="module")
+def lora_run(programs):
+    """A LoRA run of few steps: its diffusers folder, and the LoRA file of launch/export.py."""
+    workdir, lora = programs.folder / "lora_run", programs.folder / "lora"
+    targets = ("/to_(q|k|v|out_0)$", "/proj_(in|out)$", "/ff/net_2$", "/conv[12]$", "/time_emb_proj$")
+    settings = {"trainable": "lora", "lora.rank": 4, "lora.alpha": 8.0, "lora.targets": targets}
+    settings |= {"num_steps": 4, "ema_decay": 0.0}
+    settings |= {"optim.learning_rate": 0.05, "optim.schedule": "constant", "optim.warmup_steps": 0}
+    programs.run("train", *programs.train_args(workdir, **settings))
+    programs.run("export", f"--workdir={workdir}", "--format=lora", f"--out={lora}", "--dtype=float32")
+    return workdir / "export", lora
+
+
+def test_diffusers_loads_the_lora_on_the_teacher(programs, lora_run, latents):
+    import torch
+    from diffusers import StableDiffusionXLPipeline, TCDScheduler
+
+    merged, lora = lora_run
+    pipe = StableDiffusionXLPipeline.from_pretrained(programs.teacher, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = TCDScheduler.from_config(json.loads((lora / "scheduler_config.json").read_text()))
+    without = draw(pipe, latents, 4)
+    pipe.load_lora_weights(lora)
+    theirs = draw(pipe, latents, 4)
+    assert np.abs(theirs.astype(int) - without).max() > 10, "the LoRA changes too little to be compared"
+    assert_same_picture(programs.sample(merged, latents, 4), theirs)
