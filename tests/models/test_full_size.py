@@ -1,7 +1,9 @@
-"""Every parameter of the full-size SDXL networks has the name and shape that diffusers and transformers give it."""
+"""Every parameter of the full-size networks has the name and shape that diffusers and transformers give it."""
 
+import math
 from pathlib import Path
 
+import configs_full_size
 import diffusers
 import pytest
 import torch
@@ -9,7 +11,8 @@ import transformers
 
 from mlcm_jax.hub import names
 from mlcm_jax.hub.load import read_json
-from mlcm_jax.hub.pipeline import read_architecture
+from mlcm_jax.hub.pipeline import network_shapes, read_architecture
+from mlcm_jax.models.unet import UNet2DConditionModel
 
 SDXL = Path(__file__).parents[2] / "configs" / "architectures" / "sdxl"
 
@@ -19,9 +22,17 @@ def networks():
     return read_architecture(SDXL).networks()
 
 
-def torch_shapes(part, class_name):
+def our_shapes(params):
+    """Torch's names and shapes for a tree of Flax parameters."""
+    return {
+        name: names.torch_shape(path, leaf.shape)
+        for path, leaf, torch_names in names.walk(params)
+        for name in torch_names
+    }
+
+
+def torch_shapes(config, class_name):
     """Names and shapes of torch's model, on a device that allocates nothing."""
-    config = read_json(SDXL / part / "config.json")
     with torch.device("meta"):
         if hasattr(diffusers, class_name):
             cls = getattr(diffusers, class_name)
@@ -46,9 +57,13 @@ def torch_shapes(part, class_name):
     ],
 )
 def test_names_and_shapes_are_torch(networks, part, class_name):
-    ours = {
-        name: names.torch_shape(path, leaf.shape)
-        for path, leaf, torch_names in names.walk(networks[part].params)
-        for name in torch_names
-    }
-    assert ours == torch_shapes(part, class_name)
+    config = read_json(SDXL / part / "config.json")
+    assert our_shapes(networks[part].params) == torch_shapes(config, class_name)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("SD15", 859.5), ("SD21", 865.9), ("SSD1B", 1331)])
+def test_other_unets_names_and_shapes_are_torch(name, millions):
+    config = getattr(configs_full_size, name)
+    ours = our_shapes(network_shapes(UNet2DConditionModel.from_config(config), config))
+    assert ours == torch_shapes(config, "UNet2DConditionModel")
+    assert sum(map(math.prod, ours.values())) / 1e6 == pytest.approx(millions, rel=1e-3)

@@ -46,6 +46,18 @@ CONFIGS = {
         "use_linear_projection": True,
         "upcast_attention": True,
     },
+    "ssd1b": {  # fewer blocks on the way down than up, and none in the middle
+        **COMMON,
+        "block_out_channels": (8, 16),
+        "down_block_types": (CROSS_DOWN, CROSS_DOWN),
+        "mid_block_type": "UNetMidBlock2D",
+        "up_block_types": (CROSS_UP, CROSS_UP),
+        "layers_per_block": (2, 1),
+        "transformer_layers_per_block": [[1, 2], 1],
+        "reverse_transformer_layers_per_block": [[3, 1], 2],
+        "attention_head_dim": (2, 4),
+        "use_linear_projection": True,
+    },
     "guidance": {  # a student that is told the guidance scale
         **COMMON,
         "block_out_channels": (8,),
@@ -138,7 +150,7 @@ def test_recomputing_activations_changes_no_number(sdxl):
     assert "remat" in str(jax.make_jaxpr(squared_output(module))(network.params, sample, rest))
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd21", "guidance"])
+@pytest.mark.parametrize("name", ["sd15", "sd21", "ssd1b", "guidance"])
 def test_output_is_diffusers(name, tmp_path):
     model, network = build(name, tmp_path)
     ours = jax.jit(network.module.apply)({"params": network.params}, *inputs(CONFIGS[name]))
@@ -159,13 +171,21 @@ def test_guidance_embedding_must_fit_the_config():
     [
         ("class_embed_type", "timestep"),
         ("addition_embed_type", "image"),
-        ("mid_block_type", "UNetMidBlock2D"),
+        ("mid_block_type", "UNetMidBlock2DSimpleCrossAttn"),
         ("resnet_time_scale_shift", "scale_shift"),
         ("down_block_types", ["AttnDownBlock2D", "DownBlock2D"]),
         ("up_block_types", ["UpBlock2D"]),
         ("transformer_layers_per_block", [1, 2, 3]),
-        ("transformer_layers_per_block", [[1, 2], [1, 1]]),
+        ("transformer_layers_per_block", [0, 1]),
+        ("reverse_transformer_layers_per_block", [1, [1, 2]]),
+        ("layers_per_block", [2]),
         ("attention_head_dim", None),
+        ("attention_head_dim", 3),
+        ("block_out_channels", [8, 18]),
+        ("norm_num_groups", None),
+        ("norm_eps", "1e-5"),
+        ("cross_attention_dim", [12, 12]),
+        ("time_cond_proj_dim", 0),
     ],
 )
 def test_unsupported_value_is_named(key, value):
@@ -175,9 +195,24 @@ def test_unsupported_value_is_named(key, value):
     assert str(value) in str(error.value).replace("(", "[").replace(")", "]")
 
 
-def test_text_time_needs_its_width():
-    with pytest.raises(UserError, match="addition_time_embed_dim=None"):
-        UNet2DConditionModel.from_config({**CONFIGS["sdxl"], "addition_time_embed_dim": None})
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("addition_time_embed_dim", None),
+        ("addition_time_embed_dim", 7),
+        ("projection_class_embeddings_input_dim", None),
+        ("projection_class_embeddings_input_dim", 36),
+    ],
+)
+def test_text_time_needs_its_widths(key, value):
+    with pytest.raises(UserError, match=f"{key}={value}"):
+        UNet2DConditionModel.from_config({**CONFIGS["sdxl"], key: value})
+
+
+def test_uneven_stages_need_the_depths_of_the_way_up():
+    config = {**CONFIGS["ssd1b"], "reverse_transformer_layers_per_block": None}
+    with pytest.raises(UserError, match=r"reverse_transformer_layers_per_block=None.*list of 2"):
+        UNet2DConditionModel.from_config(config)
 
 
 def test_unknown_key_is_named():
