@@ -43,9 +43,7 @@ def tree(shapes):
 
 def inputs():
     rng = np.random.default_rng(1)
-    sample, states, pooled = (
-        rng.normal(size=s).astype("float32") for s in ((2, 16, 16, 4), (2, 7, 64), (2, 32))
-    )
+    sample, states, pooled = (rng.normal(size=s).astype("float32") for s in ((2, 16, 16, 4), (2, 7, 64), (2, 32)))
     return sample, np.array([999, 30]), states, pooled, np.array([[32, 32, 0, 0, 32, 32]] * 2, "float32")
 
 
