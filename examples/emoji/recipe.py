@@ -124,7 +124,7 @@ CLIP_PREPROCESSOR = {
 }
 
 UNET = _training(
-    num_steps=3200,
+    num_steps=3600,
     batch_size=32,
     ema_decay=0.999,
     sample_every=250,
