@@ -21,9 +21,8 @@ def get_config() -> ConfigDict:
     config.num_steps = 400
     config.batch_size = 16
     config.ema_decay = 0.98
-    config.optim.learning_rate = 1e-3
-    config.optim.b2 = 0.99
-    config.optim.clip_norm = 0.05  # the noisiest segment's gradients are ten times the others'
+    config.optim.learning_rate = 3e-4  # 1e-3 ended a third further from the teacher
+    config.optim.clip_norm = 0.01  # the noisiest segment's gradients are ten times the others'
     config.optim.schedule = "cosine"
     config.optim.warmup_steps = 20
     config.compute_dtype = "float32"
