@@ -6,9 +6,10 @@ python examples/emoji/build_data.py --data_dir=DATA
 from collections import Counter
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 from emoji_dataset import dataset, names, prompts, sources, tokenizer
 
+from mlcm_jax.cli import run_main
 from mlcm_jax.errors import UserError
 
 HERE = Path(__file__).resolve().parent
@@ -42,16 +43,9 @@ def build_all(data_dir: Path, cache_dir: Path, out_dir: Path) -> None:
     print(f"longest caption: {length} tokens of {tokenizer.MODEL_MAX_LENGTH}")
 
 
-def main(argv: list[str]) -> None:
-    """Parse the flags and build; a user's mistake ends the program with one line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    try:
-        build_all(*(Path(flag.value).expanduser() for flag in (_DATA_DIR, _CACHE_DIR, _OUT_DIR)))
-    except UserError as error:
-        print(error)
-        raise SystemExit(2) from error
+def main():
+    build_all(*(Path(flag.value).expanduser() for flag in (_DATA_DIR, _CACHE_DIR, _OUT_DIR)))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_main(main)

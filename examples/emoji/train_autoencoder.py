@@ -6,20 +6,19 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import flags
 from batches import Batches
 from emoji_dataset.dataset import load_split
 from recipe import AUTOENCODER, VAE_CONFIG, config_flag
+from training import start
 
 from mlcm_jax.cli import run_main
+from mlcm_jax.hub.pipeline import WEIGHT_FILES
 from mlcm_jax.hub.save import save_params
 from mlcm_jax.images import image_grid, to_float, to_uint8
 from mlcm_jax.models.vae import AutoencoderKL
 from mlcm_jax.train import rng
 from mlcm_jax.train.loop import run
-from mlcm_jax.train.optim import make_optimizer, update_ema
-from mlcm_jax.train.state import TrainState, create
 
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder that build_data.py wrote.", required=True)
 WORKDIR = flags.DEFINE_string("workdir", "runs/emoji_autoencoder", "Checkpoints, samples and metrics.")
@@ -27,7 +26,6 @@ OUT = flags.DEFINE_string("out", None, "Folder for the autoencoder (diffusers' v
 CONFIG = config_flag(AUTOENCODER)
 
 KL_WEIGHT = 1e-6
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def edges(images):
@@ -35,8 +33,11 @@ def edges(images):
     return images[:, 1:] - images[:, :-1], images[:, :, 1:] - images[:, :, :-1]
 
 
-def make_step(model: AutoencoderKL, optimizer: optax.GradientTransformation, config):
+def make_loss(model: AutoencoderKL):
+    """Absolute error of pixels and of outlines, with a touch of the KL term that keeps latents near the normal."""
+
     def loss_fn(params, images, key):
+        images = to_float(images)
         mean, logvar = model.apply({"params": params}, images, method="encode")
         latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
         recon = model.apply({"params": params}, latents, method="decode")
@@ -46,18 +47,7 @@ def make_step(model: AutoencoderKL, optimizer: optax.GradientTransformation, con
         mse = jnp.square(jnp.clip(recon, -1, 1) - images).mean()
         return pixel + edge + KL_WEIGHT * kl, {"psnr": 10 * jnp.log10(4.0 / mse), "kl": kl}
 
-    @jax.jit
-    def step(state: TrainState, images):
-        images = images.astype(jnp.float32) / 127.5 - 1.0
-        key = rng.stream(config.seed, "noise", state.step)
-        (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, images, key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        decay = jnp.minimum(config.ema_decay, state.step / (state.step + 10.0))
-        ema = update_ema(state.ema, params, decay)
-        return TrainState(state.step + 1, params, opt_state, ema), {"loss": loss, **aux}
-
-    return step
+    return loss_fn
 
 
 def latent_std(model, params, images) -> float:
@@ -71,7 +61,7 @@ def main():
     data, heldout = load_split(DATA_DIR.value, "train"), load_split(DATA_DIR.value, "heldout")
     model = AutoencoderKL.from_config(VAE_CONFIG)
     params = model.init(rng.stream(config.seed, "init", 0), to_float(data["image"][:1]))["params"]
-    optimizer = make_optimizer(config.optim, config.num_steps)
+    state, step = start(params, make_loss(model), config)
     batches = Batches(data, seed=config.seed, batch_size=config.batch_size)
     held = heldout["image"][:: max(1, len(heldout["image"]) // 256)][:256]
     reconstruct = jax.jit(lambda p, x: model.apply({"params": p}, x))
@@ -81,8 +71,8 @@ def main():
         return image_grid(np.concatenate([held[:16], recon]), columns=16)
 
     state = run(
-        create(params, optimizer, with_ema=True),
-        make_step(model, optimizer, config),
+        state,
+        step,
         lambda step: data["image"][batches.indices(step)],
         config,
         Path(WORKDIR.value),
@@ -92,7 +82,8 @@ def main():
     recon = np.concatenate([np.asarray(reconstruct(state.ema, to_float(b))) for b in np.split(held, len(held) // 64)])
     mse = np.square((to_uint8(recon).astype(np.float64) - held) / 255.0).mean(axis=(1, 2, 3))
     psnr = float(np.mean(-10 * np.log10(mse)))
-    save_params(state.ema, {**VAE_CONFIG, "scaling_factor": 1.0 / std}, out, file_name=WEIGHTS, dtype=jnp.float16)
+    vae_config = {**VAE_CONFIG, "scaling_factor": 1.0 / std}
+    save_params(state.ema, vae_config, out, file_name=WEIGHT_FILES["diffusers"], dtype=jnp.float16)
     print(json.dumps({"heldout_psnr_db": psnr, "latent_std": std, "images": len(held)}))
 
 

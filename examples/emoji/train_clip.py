@@ -16,10 +16,10 @@ from absl import flags
 from batches import Batches
 from emoji_dataset.dataset import load_split
 from recipe import CLIP, CLIP_PREPROCESSOR, SCORER_CONFIG, TEXT_2_CONFIG, TEXT_CONFIG, config_flag
-from training import TRANSFORMERS_WEIGHTS, start
+from training import start
 
 from mlcm_jax.cli import run_main
-from mlcm_jax.hub.pipeline import load_tokenizer
+from mlcm_jax.hub.pipeline import WEIGHT_FILES, load_tokenizer
 from mlcm_jax.hub.save import save_params, write_json
 from mlcm_jax.models.clip import CLIPModel, CLIPTextModel
 from mlcm_jax.train import rng
@@ -116,7 +116,7 @@ def main():
         (out / "text_encoder_2", text_2_params, TEXT_2_CONFIG),
         (Path(SCORER.value), trained["clip"], SCORER_CONFIG),
     ):
-        save_params(network_params, network_config, folder, file_name=TRANSFORMERS_WEIGHTS, dtype=jnp.float16)
+        save_params(network_params, network_config, folder, file_name=WEIGHT_FILES["transformers"], dtype=jnp.float16)
     write_json(CLIP_PREPROCESSOR, Path(SCORER.value) / "preprocessor_config.json")
     for folder in (out / "tokenizer", out / "tokenizer_2", Path(SCORER.value)):
         shutil.copytree(TOKENIZER, folder, dirs_exist_ok=True)

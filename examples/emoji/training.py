@@ -1,4 +1,4 @@
-"""What the three trainings share: one update with a moving average, and the weights' file names."""
+"""What the three trainings share: one update with a moving average."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +13,6 @@ from mlcm_jax.train import rng
 from mlcm_jax.train.optim import make_optimizer, update_ema
 from mlcm_jax.train.state import TrainState, create
 from mlcm_jax.types import Params
-
-DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
-TRANSFORMERS_WEIGHTS = "model.safetensors"
 
 # (params, batch, random key) -> loss and further metrics
 LossFn = Callable[[Params, Any, jax.Array], tuple[Float[Array, ""], dict[str, jax.Array]]]
