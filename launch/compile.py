@@ -23,6 +23,7 @@ from mlcm_jax.train.run import describe_teacher
 CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, such as configs/sdxl.py.")
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "TPU generation and slice shape.")
 OUT = flags.DEFINE_string("out", None, "JSON file for the figures.")
+STAGE = flags.DEFINE_integer("stage", 1, "Number of the stage whose step is compiled.")
 flags.mark_flag_as_required("config")
 
 # generation: (prefix of the accelerator type, HBM of a chip in GB)
@@ -57,6 +58,12 @@ def topology_devices(topology: str):
         raise UserError(f"--topology={topology} cannot be compiled for ({str(error).splitlines()[0][:200]}).") from None
 
 
+def _stage_number(num_stages: int) -> int:
+    if not 1 <= STAGE.value <= num_stages:
+        raise UserError(f"--stage={STAGE.value} does not exist: this configuration has {num_stages}.")
+    return STAGE.value - 1
+
+
 def main():
     config = CONFIG.value
     validate(config)
@@ -64,7 +71,8 @@ def main():
     program = build_program(config, describe_teacher(config, weights_needed=False), devices)
     print(program.plan, flush=True)
     start = time.perf_counter()
-    lowered = program.step.lower(program.state, program.frozen, program.conditioning)
+    stage = program.stages[_stage_number(len(program.stages))]
+    lowered = stage.step.lower(program.state, program.frozen, stage.batch)
     lowering_seconds = time.perf_counter() - start
     print(f"   lowered  in {lowering_seconds:.0f} s", flush=True)
     compiled = lowered.compile()
@@ -80,7 +88,7 @@ def main():
         "temporaries_gb": memory.temp_size_in_bytes / 1e9,
         "used_gb": used / 1e9,
         "hbm_gb": hbm,
-        "tflop_per_step": program.plan.flops_per_step / 1e12,
+        "tflop_per_step": stage.flops / 1e12,
     }
     print(
         f"  compiled  in {figures['compile_seconds']} s: {figures['used_gb']:.2f} of {hbm} GB on each chip "

@@ -37,13 +37,14 @@ def encode_prompts(pipeline: Pipeline, prompts: Sequence[str], image_size: int) 
     return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(prompts)], *chunks)
 
 
-def unconditional(pipeline: Pipeline, n: int, image_size: int) -> TextConditioning:
-    """Conditioning of the unconditional branch: zeros where the pipeline forces them, else the empty prompt's.
+def unconditional(pipeline: Pipeline, n: int, image_size: int, negative_prompt: str = "") -> TextConditioning:
+    """Conditioning of the unconditional branch: the negative prompt's; without one, zeros where the pipeline forces
+    them, else the empty prompt's.
 
     As in diffusers, a model_index.json that says nothing forces zeros for StableDiffusionXLPipeline, and only for it.
     """
-    empty = encode_prompts(pipeline, [""], image_size)
-    if pipeline.model_index.get("force_zeros_for_empty_prompt", _is_sdxl(pipeline)):
+    empty = encode_prompts(pipeline, [negative_prompt], image_size)
+    if not negative_prompt and pipeline.model_index.get("force_zeros_for_empty_prompt", _is_sdxl(pipeline)):
         zeros = jnp.zeros_like(empty.hidden_states), jnp.zeros_like(empty.pooled)
         empty = TextConditioning(*zeros, empty.time_ids)
     return jax.tree.map(lambda row: jnp.broadcast_to(row, (n, *row.shape[1:])), empty)

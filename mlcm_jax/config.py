@@ -5,6 +5,10 @@ A configuration is locked: a misspelt key is an error that names the nearest rea
 
 from ml_collections import ConfigDict
 
+from mlcm_jax.distill.consistency import JUMPS
+from mlcm_jax.distill.losses import DISTANCES
+from mlcm_jax.distill.segments import MAX_SEGMENTS
+from mlcm_jax.distill.states import SOURCES
 from mlcm_jax.errors import UserError
 from mlcm_jax.models.lora import UNET_TARGETS
 from mlcm_jax.sharding import RULES
@@ -18,13 +22,24 @@ def base() -> ConfigDict:
     config.teacher = ""  # diffusers folder or hub id of the model to distil
     config.architecture = ""  # folder of config.json files that stands in for an absent teacher in plans; "": none
     config.prompts = ""  # text file, one prompt a line
+    config.latents = ""  # file of launch/encode.py, one for each prompt, for states made of data
     config.image_size = 0  # height and width in pixels; 0: what the teacher's config.json says
 
     # Method
     config.num_segments = 8  # M: the student learns to jump to the end of its segment
-    config.skip = 20  # timesteps that the teacher moves a state by, to make the target
+    config.states = "streaming"  # where training states come from: streaming, mds, data or student
+    config.trajectory_solver = "ddim"  # of the teacher's jumps between states: ddim or dpmpp_2m
+    config.timesteps = "uniform"  # of states: uniform in their segment, or milestones (its upper edge)
+    config.student_steps = 4  # steps that the student samples in for the states of "student"
+    config.skip = 20  # timesteps that the teacher moves a state by, to make the target; at most to the segment's end
+    config.solver_steps = 1  # guided DDIM steps that the teacher moves it in
     config.guidance_scale = 8.0  # w of the teacher that is distilled into the student
-    config.distance = "l2"  # between the two jumps: l2 or pseudo_huber
+    config.guidance_scale_max = 0.0  # w is drawn between guidance_scale and this for each trajectory; 0: fixed
+    config.negative_prompt = ""  # for the teacher's unconditional branch; "": what its pipeline does without one
+    config.target = "edge"  # what is compared: the jumps to the segment's end (edge), or the clean latents (x0)
+    config.target_network = "student"  # that jumps from the teacher's state: student, or ema (needs ema_decay)
+    config.distance = "l2"  # between the two: l2 or pseudo_huber
+    config.stages = ()  # changes in the course of the run, such as ({"start": 6000, "num_segments": 4},)
     config.trainable = "full"  # full: all weights of the UNet; lora: low-rank factors beside the frozen teacher
     config.lora = ConfigDict()
     config.lora.rank = 64
@@ -69,13 +84,19 @@ def base() -> ConfigDict:
 
 
 def validate(config: ConfigDict) -> None:
-    """Raise UserError for a value that cannot work; what depends on devices and files is checked where it is read."""
+    """Raise UserError for a value that cannot work; what depends on devices and files is checked where it is read.
+
+    Settings that change in the course of a run are to be checked for each stage (train.stages).
+    """
     for key, (accept, meaning) in _RULES.items():
         value = config
         for part in key.split("."):
             value = value[part]
         if not accept(value):
             raise UserError(f"config.{key}={value!r} cannot work: it must be {meaning}.")
+    for (key, value), (needed, advice) in _NEEDS.items():
+        if config[key] == value and not config[needed]:
+            raise UserError(f"config.{key}={value!r} needs config.{needed}: {advice}.")
 
 
 def _one_of(*values):
@@ -85,7 +106,7 @@ def _one_of(*values):
 _POSITIVE = (lambda v: v > 0), "above 0"
 _NOT_NEGATIVE = (lambda v: v >= 0), "0 or more"
 _GIVEN = bool, "given"
-_SEGMENTS = (lambda v: 1 <= v <= 100), "from 1 to 100"
+_SEGMENTS = (lambda v: 1 <= v <= MAX_SEGMENTS), f"from 1 to {MAX_SEGMENTS}"
 _STEP_COUNTS = (lambda v: len(v) > 0 and all(1 <= n <= 1000 for n in v)), "a list of numbers from 1 to 1000"
 
 _RULES = {
@@ -94,9 +115,17 @@ _RULES = {
     "sample.prompts": _GIVEN,
     "image_size": _NOT_NEGATIVE,
     "num_segments": _SEGMENTS,
+    "states": _one_of(*SOURCES),
+    "trajectory_solver": _one_of("ddim", "dpmpp_2m"),
+    "timesteps": _one_of("uniform", "milestones"),
+    "student_steps": _SEGMENTS,
     "skip": _POSITIVE,
+    "solver_steps": _POSITIVE,
+    "guidance_scale_max": _NOT_NEGATIVE,
+    "target": _one_of(*JUMPS),
+    "target_network": _one_of("student", "ema"),
     "guidance_scale": _POSITIVE,
-    "distance": _one_of("l2", "pseudo_huber"),
+    "distance": _one_of(*DISTANCES),
     "trainable": _one_of("full", "lora"),
     "lora.rank": _POSITIVE,
     "lora.alpha": _POSITIVE,
@@ -116,4 +145,10 @@ _RULES = {
     "sample.steps": _STEP_COUNTS,
     "sample.teacher_steps": _POSITIVE,
     "sample.teacher_few_steps": _POSITIVE,
+}
+
+# setting and value: (what must be given then, what to do)
+_NEEDS = {
+    ("states", "data"): ("latents", "make a file of them with launch/encode.py"),
+    ("target_network", "ema"): ("ema_decay", "set the decay of the moving average, such as 0.95"),
 }

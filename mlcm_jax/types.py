@@ -26,3 +26,29 @@ class TextConditioning:
     hidden_states: Float[Array, "n tokens d"]
     pooled: Float[Array, "n p"]
     time_ids: Float[Array, "n 6"]
+
+
+@flax.struct.dataclass
+class Batch:
+    """What a training step takes.
+
+    jumps: the teacher's jumps from pure noise to each row's state. num_segments: M of this step. guidance_scale: of
+    the teacher. latents: clean ones, scaled, where states are made
+    of data.
+    """
+
+    conditioning: TextConditioning
+    jumps: Int[Array, " n"]
+    num_segments: Int[Array, ""]
+    guidance_scale: Float[Array, " n"]
+    latents: Latents | None = None
+
+
+@flax.struct.dataclass
+class Pool:
+    """A live trajectory for each row of the batch: the next state z at t, and the x0 that was predicted at t_prev."""
+
+    z: Latents
+    t: Timesteps
+    x0_prev: Latents
+    t_prev: Timesteps

@@ -1,6 +1,7 @@
-"""Prompt files: one prompt a line; a step's prompts are a pure function of the seed and the step."""
+"""Prompt files: one prompt a line; the order they are taken in is a pure function of the seed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -22,20 +23,13 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-class PromptStream:
-    """Walks through all prompts in a new random order each time, ``batch_size`` a step; any step can be asked for."""
+def shuffled(positions: Iterable[int], n: int, seed: int) -> list[int]:
+    """The numbers of the prompts at positions of an endless stream, which walks through all n in a new random order
+    each time; any position can be asked for."""
+    epochs = (divmod(int(position), n) for position in positions)
+    return [int(_order(seed, epoch, n)[index]) for epoch, index in epochs]
 
-    def __init__(self, prompts: Sequence[str], *, seed: int, batch_size: int):
-        self._prompts, self._seed, self._batch_size = prompts, seed, batch_size
-        self._epoch, self._order = -1, np.arange(len(prompts))
 
-    def batch(self, step: int) -> list[str]:
-        """The prompts of ``step`` (0 for the first)."""
-        first = step * self._batch_size
-        return [self._prompts[self._row(i)] for i in range(first, first + self._batch_size)]
-
-    def _row(self, position: int) -> int:
-        epoch, index = divmod(position, len(self._prompts))
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))
-        return int(self._order[index])
+@lru_cache(maxsize=4)  # trajectories of a few epochs can be under way at a time
+def _order(seed: int, epoch: int, n: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)

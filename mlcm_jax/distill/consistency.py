@@ -1,4 +1,6 @@
-"""The multistep consistency function: one jump from anywhere in a segment to the segment's end."""
+"""The multistep consistency function: one jump from anywhere in a segment to its target."""
+
+from collections.abc import Callable
 
 import jax.numpy as jnp
 
@@ -15,3 +17,15 @@ def jump_to_edge(predict_x0: PredictX0, schedule: Schedule, z: Latents, t: Times
     """
     jumped = ddim_step(schedule, z, predict_x0(z, t), t, edge)
     return jnp.where((t == edge)[:, None, None, None], z, jumped)
+
+
+def jump_to_x0(predict_x0: PredictX0, schedule: Schedule, z: Latents, t: Timesteps, edge: Timesteps) -> Latents:
+    """f(z, t): the student's clean latents, wherever the segment ends (LCM, arXiv 2310.04378; MLCM's stage 2).
+
+    At t = 0 it is the identity. LCM reaches that by weights that are 1 and 0 to 1e-5 from t = 20 on.
+    """
+    return jnp.where((t == 0)[:, None, None, None], z, predict_x0(z, t))
+
+
+Jump = Callable[[PredictX0, Schedule, Latents, Timesteps, Timesteps], Latents]
+JUMPS: dict[str, Jump] = {"edge": jump_to_edge, "x0": jump_to_x0}

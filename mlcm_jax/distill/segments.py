@@ -17,6 +17,7 @@ from mlcm_jax.types import Timesteps
 
 LAST_TIMESTEP = 999
 NUM_TIMESTEPS = 1000
+MAX_SEGMENTS = 100  # more would leave a segment fewer than 10 timesteps
 IntLike = int | Int[Array, ""]
 AnyKey = Key[Array, ""] | UInt32[Array, "2"]
 

@@ -1,4 +1,4 @@
-"""Training states without data: points on the teacher's own sampling trajectory (MLCM, arXiv 2406.05768, sec. 4)."""
+"""The teacher's own sampling trajectories: guided solver steps between traced timesteps (arXiv 2406.05768, sec. 4)."""
 
 from collections.abc import Callable
 
@@ -7,43 +7,62 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from mlcm_jax.diffusion.schedule import Schedule
-from mlcm_jax.diffusion.solvers import ddim_step
+from mlcm_jax.diffusion.solvers import ddim_step, dpmpp_2m_step
 from mlcm_jax.distill.segments import LAST_TIMESTEP
 from mlcm_jax.types import Latents, Timesteps
 
-# guided prediction of the clean latents: (latents, timesteps) -> x0
+# prediction of the clean latents: (latents, timesteps) -> x0
 PredictX0 = Callable[[Latents, Timesteps], Latents]
 
 
+def equal_jumps(t: Timesteps, s: Timesteps, num_jumps: int | Int[Array, ""], rows: int) -> Int[Array, "rows n"]:
+    """``num_jumps`` equal jumps from t to s as the times they visit, t first; rows after the last jump repeat s."""
+    j = jnp.minimum(jnp.arange(rows, dtype=jnp.int32), num_jumps)[:, None]
+    return t[None] - (t - s)[None] * j // num_jumps
+
+
 def denoising_timesteps(
-    t_m: Timesteps, t_n: Timesteps, num_jumps: Int[Array, ""], max_jumps: int
-) -> Int[Array, "jumps n"]:
-    """The times that a trajectory visits: 999, then ``num_jumps`` equal jumps to t_m, and one more to t_n.
+    t_m: Timesteps, t_n: Timesteps, num_jumps: Int[Array, ""], max_jumps: int, num_substeps: int = 1
+) -> Int[Array, "times n"]:
+    """The times of a trajectory: 999, then ``num_jumps`` equal jumps to t_m, then ``num_substeps`` more to t_n.
 
-    Rows after those repeat t_n; there are max_jumps + 2 rows, so that shapes do not depend on num_jumps.
+    Rows after those repeat t_n; there are max_jumps + num_substeps + 1, so that shapes do not depend on num_jumps.
     """
-    j = jnp.arange(max_jumps + 2, dtype=jnp.int32)[:, None]
-    to_state = LAST_TIMESTEP - (LAST_TIMESTEP - t_m)[None, :] * jnp.minimum(j, num_jumps) // num_jumps
-    return jnp.where(j <= num_jumps, to_state, t_n[None, :])
+    rows = max_jumps + num_substeps + 1
+    j = jnp.arange(rows, dtype=jnp.int32)[:, None]
+    to_state = equal_jumps(jnp.full_like(t_m, LAST_TIMESTEP), t_m, num_jumps, rows)
+    short = t_m[None] - (t_m - t_n)[None] * jnp.clip(j - num_jumps, 0, num_substeps) // num_substeps
+    return jnp.where(j <= num_jumps, to_state, short)
 
 
-def multistep_denoising(
+def walk(
     predict_x0: PredictX0,
     schedule: Schedule,
-    noise: Latents,
-    timesteps: Int[Array, "jumps n"],
-    num_jumps: Int[Array, ""],
+    z: Latents,
+    timesteps: Int[Array, "times n"],
+    num_jumps: int | Int[Array, ""],
+    num_substeps: int = 1,
+    *,
+    second_order: bool = False,
 ) -> tuple[Latents, Latents]:
-    """The last two states of a guided DDIM trajectory from pure noise: z_m at t_m and z_n at t_n.
+    """Solver steps along the rows of ``timesteps``: the states after ``num_jumps`` of them and after all.
 
-    The multistep denoising strategy: states of the noisier segments are few jumps from the noise, those of the
-    cleaner ones many. The jump from t_m to t_n is the teacher's step Psi, so one loop serves both. ``num_jumps`` may
-    be traced: only the jumps that are needed run.
+    The jumps lead to the training state z_m, the substeps from there to z_n: one loop serves both, so that a compiled
+    program holds the network once. num_jumps may be traced: only the jumps that are needed run.
+    second_order: jumps by DPM-Solver++ 2M instead of DDIM; the substeps are DDIM always.
     """
 
     def jump(j, states):
-        _, z = states
+        z_m, z, x0_prev, t_prev = states
         t, s = timesteps[j], timesteps[j + 1]
-        return z, ddim_step(schedule, z, predict_x0(z, t), t, s)
+        x0 = predict_x0(z, t)
+        z_m = jnp.where(j == num_jumps, z, z_m)
+        if not second_order:
+            return z_m, ddim_step(schedule, z, x0, t, s), x0_prev, t_prev
+        known = (j > 0) & (j < num_jumps)
+        z = dpmpp_2m_step(schedule, z, x0, x0_prev, jnp.where(known, t_prev, t), t, s)
+        return z_m, z, x0, t
 
-    return jax.lax.fori_loop(0, num_jumps + 1, jump, (noise, noise))
+    # Without a second order the last two of the loop's values are never touched.
+    z_m, z_n, *_ = jax.lax.fori_loop(0, num_jumps + num_substeps, jump, (z, z, z, timesteps[0]))
+    return z_m, z_n

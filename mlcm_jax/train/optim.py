@@ -1,6 +1,9 @@
 """The optimizer: AdamW with gradient clipping and a warm-up schedule, and the moving average of the parameters."""
 
+from collections.abc import Mapping
+
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
@@ -23,12 +26,24 @@ def learning_rate_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule
     return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), after], [warmup])
 
 
-def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) after clipping by global norm; no weight decay on vectors (norms and biases)."""
+def make_optimizer(
+    config: ConfigDict, num_steps: int, peaks: Mapping[int, float] | None = None
+) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101) after clipping by global norm; no weight decay on vectors (norms and biases).
+
+    peaks: {step: learning rate that takes the place of config.learning_rate from there on}.
+    """
+    schedule = learning_rate_schedule(config, num_steps)
+    starts, rates = [0, *(peaks or {})], [config.learning_rate, *(peaks or {}).values()]
+
+    def learning_rate(step):
+        stage = jnp.searchsorted(jnp.asarray(starts), step, side="right") - 1
+        return schedule(step) * jnp.asarray(rates, jnp.float32)[stage] / config.learning_rate
+
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
-            learning_rate_schedule(config, num_steps),
+            learning_rate if peaks else schedule,
             b1=config.b1,
             b2=config.b2,
             eps=config.eps,

@@ -1,12 +1,35 @@
 """What a run is going to do, said before it starts: parameters, mesh, FLOPs a step, memory."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from mlcm_jax.sharding import bytes_per_device, sharded_fraction
+from mlcm_jax.train.stages import Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+    """One stage: steps start <= step < end, the method's settings, and the work of a step on average."""
+
+    start: int
+    end: int
+    states: str
+    num_segments: int
+    target: str
+    flops_per_step: float
+    batch_size: int
+
+    def __str__(self) -> str:
+        segments = f"{self.num_segments} segment{'s' * (self.num_segments > 1)}"
+        return (
+            f"steps {self.start + 1} to {self.end}: states {self.states}, {segments}, target {self.target}; "
+            f"{self.flops_per_step / 1e12:.3g} TFLOP a step, {self.flops_per_step / self.batch_size / 1e12:.3g} an "
+            "example"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +46,7 @@ class Plan:
     image_size: int
     batch_size: int
     num_steps: int
-    flops_per_step: float
+    stages: tuple["StagePlan", ...]
     state_bytes: int
     frozen_bytes: int
 
@@ -36,16 +59,16 @@ class Plan:
             "devices": f"{self.devices}, mesh {mesh}, {self.sharded_fraction:.1%} of the UNet sharded",
             "images": f"{self.image_size} x {self.image_size} px, {self.batch_size} prompts a step, "
             f"{self.num_steps} steps",
-            "work": f"{self.flops_per_step / 1e12:.3g} TFLOP a step on average, "
-            f"{self.flops_per_step / self.batch_size / 1e12:.3g} an example",
+            **{f"stage {i}": str(stage) for i, stage in enumerate(self.stages, 1)},
             "memory": f"{_bytes(self.state_bytes)} of trained weights and optimizer, {_bytes(self.frozen_bytes)} "
             "frozen, on each device, before activations",
         }
         return "\n".join(f"{name:>10}  {text}" for name, text in rows.items())
 
 
-def make_plan(config: ConfigDict, mesh: Mesh, *, image_size: int, state, frozen, flops_per_step: float) -> Plan:
-    """Put the numbers together; state and frozen are trees of ShapeDtypeStructs with shardings."""
+def make_plan(stages: Sequence[Any], mesh: Mesh, *, image_size: int, state, frozen) -> Plan:
+    """Put the numbers together. stages: program.StageProgram; state, frozen: ShapeDtypeStructs with shardings."""
+    config = stages[0].stage.config
     return Plan(
         teacher=str(config.teacher),
         trainable=config.trainable,
@@ -57,9 +80,16 @@ def make_plan(config: ConfigDict, mesh: Mesh, *, image_size: int, state, frozen,
         image_size=image_size,
         batch_size=config.batch_size,
         num_steps=config.num_steps,
-        flops_per_step=flops_per_step,
+        stages=tuple(_stage_plan(program.stage, program.flops) for program in stages),
         state_bytes=bytes_per_device(state),
         frozen_bytes=bytes_per_device(frozen),
+    )
+
+
+def _stage_plan(stage: Stage, flops: float) -> StagePlan:
+    config = stage.config
+    return StagePlan(
+        stage.start, stage.end, config.states, config.num_segments, config.target, flops, config.batch_size
     )
 
 

@@ -1,15 +1,19 @@
 """The step of a run and its abstract arguments, built from config.json files alone: what is planned, compiled, run."""
 
 import dataclasses
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from mlcm_jax import sharding
 from mlcm_jax.diffusion.schedule import Schedule
+from mlcm_jax.distill.states import empty_pool
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import Pipeline, conditioning_shapes
 from mlcm_jax.models import lora
@@ -18,23 +22,33 @@ from mlcm_jax.train import rng
 from mlcm_jax.train.flops import count_flops
 from mlcm_jax.train.optim import make_optimizer
 from mlcm_jax.train.plan import Plan, make_plan
+from mlcm_jax.train.stages import Stage, read_stages
 from mlcm_jax.train.state import TrainState, create
 from mlcm_jax.train.step import Frozen, make_train_step
-from mlcm_jax.types import Params, TextConditioning
+from mlcm_jax.types import Batch, Params, TextConditioning
+
+
+@dataclasses.dataclass(frozen=True)
+class StageProgram:
+    """step: jit-ed (state, frozen, batch) -> (state, metrics); the state's buffers are donated. Stages that differ only
+    in what a batch holds share it. batch: its ShapeDtypeStructs with shardings. flops: of a step."""
+
+    stage: Stage
+    step: Any
+    batch: Batch
+    flops: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """step: jit-ed (state, frozen, conditioning) -> (state, metrics); the state's buffers are donated.
+    """The steps of all stages; state, frozen: trees of ShapeDtypeStructs with shardings, as the steps take them.
 
-    state, frozen, conditioning: trees of ShapeDtypeStructs with shardings, as the step takes them.
     latent_shape: height, width, channels. image_size: pixels.
     """
 
-    step: Any
+    stages: tuple[StageProgram, ...]
     state: TrainState
     frozen: Frozen
-    conditioning: TextConditioning
     latent_shape: tuple[int, int, int]
     image_size: int
     schedule: Schedule
@@ -44,21 +58,17 @@ class Program:
 
     def init_state(self, teacher: Params | None) -> TrainState:
         """The state at step 0. teacher: the teacher's weights, float32; needed to train all weights only."""
-        config, like = self.config, self.state
-        optimizer = make_optimizer(config.optim, config.num_steps)
-        shardings = jax.tree.map(lambda a: a.sharding, like)
+        config = self.config
+        create_state = partial(_create, [s.stage for s in self.stages], self.latent_shape)
+        shardings = jax.tree.map(lambda a: a.sharding, self.state)
 
         def init_lora():
             key = rng.stream(config.seed, "init", 0)
-            params = lora.init(key, self.frozen.teacher, config.lora.rank, config.lora.targets)
-            return create(params, optimizer, with_ema=config.ema_decay > 0)
-
-        def init_full(params):
-            return create(params, optimizer, with_ema=config.ema_decay > 0)
+            return create_state(lora.init(key, self.frozen.teacher, config.lora.rank, config.lora.targets))
 
         if config.trainable == "lora":
             return jax.jit(init_lora, out_shardings=shardings)()
-        return jax.jit(init_full, out_shardings=shardings)(teacher)
+        return jax.jit(create_state, out_shardings=shardings)(teacher)
 
 
 def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> Program:
@@ -72,44 +82,71 @@ def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> P
     schedule = Schedule.from_config(architecture.scheduler_config)
     image_size, latent_shape = _sizes(config, architecture)
     _check_batch(config, mesh)
-    optimizer = make_optimizer(config.optim, config.num_steps)
-    batch_sharding = sharding.batch_sharding(mesh)
-
-    module = UNet2DConditionModel.from_config(unet.config, jnp.dtype(config.compute_dtype), remat=config.remat)
-    train_step = make_train_step(
-        module.apply,
-        schedule,
-        optimizer,
-        config,
-        latent_shape,
-        constrain=lambda latents: jax.lax.with_sharding_constraint(latents, batch_sharding),
-    )
+    stages = read_stages(config)
+    batch_sharding, replicated = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
 
     def init_state(params):
         if config.trainable == "lora":
             params = lora.init(jax.random.key(0), params, config.lora.rank, config.lora.targets)
-        return create(params, optimizer, with_ema=config.ema_decay > 0)
+        return _create(stages, latent_shape, params)
 
     state = jax.eval_shape(init_state, _cast(unet.params, jnp.float32))
-    state = _place(state, sharding.param_shardings(state, mesh, config.sharding_rules))
+    pool = _place_all(state.pool, batch_sharding)
+    state = _place(state, sharding.param_shardings(state, mesh, config.sharding_rules)).replace(pool=pool)
     teacher = _cast(unet.params, config.frozen_dtype)
     teacher = _place(teacher, sharding.param_shardings(teacher, mesh, config.sharding_rules))
-    replicated = NamedSharding(mesh, PartitionSpec())
     frozen = Frozen(teacher, _place_all(conditioning_shapes(architecture, 1), replicated))
     conditioning = _place_all(conditioning_shapes(architecture, config.batch_size), batch_sharding)
 
-    average_trips = (config.num_segments + 1) / 2 + 1
-    plan = make_plan(
-        config,
-        mesh,
-        image_size=image_size,
-        state=state,
-        frozen=frozen,
-        flops_per_step=count_flops(train_step, state, frozen, conditioning, while_trips=average_trips),
+    module = UNet2DConditionModel.from_config(unet.config, jnp.dtype(config.compute_dtype), remat=config.remat)
+    make_step = partial(
+        make_train_step,
+        module.apply,
+        schedule,
+        stage_optimizer(stages),
+        latent_shape=latent_shape,
+        constrain=lambda latents: jax.lax.with_sharding_constraint(latents, batch_sharding),
     )
     state_shardings = jax.tree.map(lambda a: a.sharding, state)
-    step = jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, replicated))
-    return Program(step, state, frozen, conditioning, latent_shape, image_size, schedule, mesh, plan, config)
+    compiled, programs = {}, []
+    for stage in stages:
+        train_step, batch = make_step(stage.config), _batch_shapes(stage.config, conditioning, latent_shape, mesh)
+        jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, replicated))
+        flops = count_flops(train_step, state, frozen, batch, while_trips=average_trips(stage.config))
+        step = compiled.setdefault(stage.program_key(), jitted)
+        programs.append(StageProgram(stage, step, batch, flops))
+    plan = make_plan(programs, mesh, image_size=image_size, state=state, frozen=frozen)
+    return Program(tuple(programs), state, frozen, latent_shape, image_size, schedule, mesh, plan, config)
+
+
+def average_trips(config: ConfigDict) -> float:
+    """Turns that the loop of a trajectory with a traced length takes on average, over all segments ("mds" has one)."""
+    return (config.num_segments + 1) / 2 + config.solver_steps
+
+
+def stage_optimizer(stages: Sequence[Stage]) -> optax.GradientTransformation:
+    """The optimizer of a run, with the learning rate of each stage."""
+    config = stages[0].config
+    return make_optimizer(config.optim, config.num_steps, {s.start: s.config.optim.learning_rate for s in stages[1:]})
+
+
+def _create(stages: Sequence[Stage], latent_shape: tuple[int, int, int], params: Params) -> TrainState:
+    config = stages[0].config
+    streams = any(stage.config.states == "streaming" for stage in stages)
+    pool = empty_pool(config.batch_size, latent_shape) if streams else None
+    return create(params, stage_optimizer(stages), with_ema=config.ema_decay > 0, pool=pool)
+
+
+def _batch_shapes(config: ConfigDict, conditioning: TextConditioning, latent_shape, mesh: Mesh) -> Batch:
+    n, rows, replicated = config.batch_size, sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    latents = jax.ShapeDtypeStruct((n, *latent_shape), jnp.float32, sharding=rows)
+    return Batch(
+        conditioning=conditioning,
+        jumps=jax.ShapeDtypeStruct((n,), jnp.int32, sharding=rows),
+        num_segments=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
+        guidance_scale=jax.ShapeDtypeStruct((n,), jnp.float32, sharding=rows),
+        latents=latents if config.states == "data" else None,
+    )
 
 
 def _sizes(config: ConfigDict, architecture: Pipeline) -> tuple[int, tuple[int, int, int]]:

@@ -10,9 +10,10 @@ from ml_collections import ConfigDict
 
 from mlcm_jax import sharding
 from mlcm_jax.checkpoint import Checkpoints
-from mlcm_jax.conditioning import encode_prompts, unconditional
+from mlcm_jax.conditioning import unconditional
 from mlcm_jax.config import validate
-from mlcm_jax.data.prompts import PromptStream, read_prompts
+from mlcm_jax.data.latents import LatentFile
+from mlcm_jax.data.prompts import read_prompts
 from mlcm_jax.errors import UserError
 from mlcm_jax.export import export
 from mlcm_jax.hub.load import read_json
@@ -20,11 +21,13 @@ from mlcm_jax.hub.pipeline import Pipeline, load_network, load_pipeline, read_ar
 from mlcm_jax.hub.save import write_json
 from mlcm_jax.pictures import plot_loss
 from mlcm_jax.train import loop
+from mlcm_jax.train.feed import Feed
 from mlcm_jax.train.metrics import read_metrics
 from mlcm_jax.train.program import Program, build_program
+from mlcm_jax.train.stages import read_stages
 from mlcm_jax.train.step import Frozen
 from mlcm_jax.train.viewer import Viewer
-from mlcm_jax.types import Params, TextConditioning
+from mlcm_jax.types import Params
 
 # Settings that may change when a run goes on: they say how long, how often and on what, not what is trained.
 MAY_CHANGE = ("num_steps", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "sample", "mesh")
@@ -36,16 +39,20 @@ def distill(config: ConfigDict, workdir: str | Path, *, plan_only: bool = False)
 
     Raises UserError, before anything is compiled, for input that cannot work.
     """
-    validate(config)
     workdir = Path(workdir)
     _check_resume(config, workdir)
+    for stage in read_stages(config):
+        validate(stage.config)
     prompts, grid_prompts = read_prompts(config.prompts), read_prompts(config.sample.prompts)
     program = build_program(config, describe_teacher(config, weights_needed=not plan_only))
+    latents = None
+    if config.latents:
+        latents = LatentFile(config.latents, n=len(prompts), latent_shape=program.latent_shape)
     print(program.plan, flush=True)
     if plan_only:
         return
     pipeline = load_teacher(program, jnp.dtype(config.frozen_dtype))
-    trained = train(program, pipeline, prompts, grid_prompts, workdir)
+    trained = train(program, pipeline, Feed(program, pipeline, prompts, latents), grid_prompts, workdir)
     del pipeline
     export(load_teacher(program, None), trained, config, workdir / "export", format="diffusers")
     print(f"The student is in {workdir / 'export'}, its pictures are in {workdir / 'samples'}.")
@@ -73,23 +80,18 @@ def load_teacher(program: Program, param_dtype: Any) -> Pipeline:
     )
 
 
-def train(program: Program, pipeline: Pipeline, prompts: list[str], grid_prompts: list[str], workdir: Path) -> Params:
+def train(program: Program, pipeline: Pipeline, feed: Feed, grid_prompts: list[str], workdir: Path) -> Params:
     """Train to the last step; returns the trained parameters (their moving average where one is kept)."""
     config = program.config
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(json.loads(config.to_json()), workdir / CONFIG_FILE)
-    stream = PromptStream(prompts, seed=config.seed, batch_size=config.batch_size)
-    batch_sharding = sharding.batch_sharding(program.mesh)
-    frozen = Frozen(pipeline.unet.params, unconditional(pipeline, 1, program.image_size))
+    frozen = Frozen(pipeline.unet.params, unconditional(pipeline, 1, program.image_size, config.negative_prompt))
     viewer = Viewer(program, pipeline, grid_prompts)
-
-    def batch(step: int) -> TextConditioning:
-        return jax.device_put(encode_prompts(pipeline, stream.batch(step), program.image_size), batch_sharding)
 
     state = loop.run(
         program.init_state(full_precision_unet(program, pipeline)),
-        lambda state, conditioning: program.step(state, frozen, conditioning),
-        batch,
+        lambda state, fed: fed.stage.step(state, frozen, fed.batch),
+        feed,
         config,
         workdir,
         sample_fn=viewer.progress,

@@ -26,7 +26,7 @@ class Viewer:
         self._program, self._pipeline, self._sample = program, pipeline, config.sample
         self._noise = draw_noise(config.seed, n, program.latent_shape)
         self._conditioning = encode_prompts(pipeline, prompts, program.image_size)
-        self._unconditional = unconditional(pipeline, n, program.image_size)
+        self._unconditional = unconditional(pipeline, n, program.image_size, config.negative_prompt)
         self._reference = None
 
     def teacher(self, num_steps: int) -> jax.Array:

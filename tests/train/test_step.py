@@ -11,15 +11,17 @@ import pytest
 
 from mlcm_jax.config import base
 from mlcm_jax.diffusion.schedule import Schedule
-from mlcm_jax.distill.segments import segment_of
+from mlcm_jax.distill.segments import draw_timesteps, segment_edges
+from mlcm_jax.distill.states import empty_pool
 from mlcm_jax.hub.pipeline import Network, network_shapes, read_architecture
 from mlcm_jax.models.unet import UNet2DConditionModel
 from mlcm_jax.train import rng
+from mlcm_jax.train.agenda import rows_at
 from mlcm_jax.train.optim import update_ema
 from mlcm_jax.train.program import build_program
 from mlcm_jax.train.state import create
-from mlcm_jax.train.step import Frozen, draw_timesteps, make_train_step, student_variables
-from mlcm_jax.types import TextConditioning
+from mlcm_jax.train.step import Frozen, make_train_step, student_variables
+from mlcm_jax.types import Batch, TextConditioning
 
 LATENT_SHAPE = (4, 4, 2)
 SCHEDULE = Schedule.from_config(
@@ -56,11 +58,24 @@ def toy_conditioning(n, seed):
     return TextConditioning(hidden_states=jnp.zeros((n, 2, 3)), pooled=pooled, time_ids=jnp.zeros((n, 6)))
 
 
-def reference_gradient(student, teacher, conditioning, unconditional, step, config):
-    """Loss and gradient of one step in plain Python: arXiv 2406.05768's stage 1."""
-    n = conditioning.pooled.shape[0]
-    segment, t_m, t_n, edge = draw_timesteps(jnp.int32(step), n, config)
+def toy_batch(n, seed, jumps, num_segments, guidance_scale=3.0):
+    return Batch(
+        conditioning=toy_conditioning(n, seed),
+        jumps=jnp.asarray(jumps, jnp.int32),
+        num_segments=jnp.int32(num_segments),
+        guidance_scale=jnp.full((n,), guidance_scale, jnp.float32),
+    )
+
+
+def reference_gradient(student, teacher, batch, unconditional, step, config):
+    """Loss and gradient of one step from pure noise in plain Python: arXiv 2406.05768's stage 1."""
+    n, conditioning = len(batch.jumps), batch.conditioning
     z = jax.random.normal(rng.stream(config.seed, "noise", step), (n, *LATENT_SHAPE))
+    jumps = int(batch.jumps[0])
+    segment = jnp.full((n,), max(jumps - 1, 0))
+    upper, edge = segment_edges(segment, config.num_segments)
+    t_m = draw_timesteps(rng.stream(config.seed, "timesteps", step), segment, config.num_segments) if jumps else upper
+    t_n = jnp.maximum(t_m - config.skip, edge)
     abar = np.asarray(SCHEDULE.alphas_cumprod, np.float64)
 
     def jump(z, eps, t, s):
@@ -75,8 +90,7 @@ def reference_gradient(student, teacher, conditioning, unconditional, step, conf
     def student_jump(params, z, t):
         return jump(z, toy_apply({"params": params}, z, t, conditioning), t, edge)
 
-    jumps = int(segment) + 1
-    times = [999 - (999 - np.asarray(t_m)) * j // jumps for j in range(jumps + 1)]
+    times = [999 - (999 - np.asarray(t_m)) * j // max(jumps, 1) for j in range(jumps + 1)]
     for t, s in itertools.pairwise(times):
         z = jump(z, teacher_eps(z, t), t, s)
     z_n = jump(z, teacher_eps(z, t_m), t_m, t_n)
@@ -88,62 +102,103 @@ def toy_step(config, optimizer):
     return jax.jit(make_train_step(toy_apply, SCHEDULE, optimizer, config, LATENT_SHAPE))
 
 
-def test_gradients_are_those_of_the_loss_with_teacher_and_target_held_fixed():
-    config = settings(num_segments=3, skip=60)
+def toy_state(student, optimizer, n, **values):
+    return create(student, optimizer, pool=empty_pool(n, LATENT_SHAPE), **values)
+
+
+@pytest.mark.parametrize(("states", "jumps"), [("mds", 1), ("mds", 2), ("mds", 3), ("streaming", 0)])
+def test_gradients_are_those_of_the_loss_with_teacher_and_target_held_fixed(states, jumps):
+    config = settings(num_segments=3, skip=60, states=states)
     student, teacher = toy_params(1), toy_params(2)
-    conditioning, unconditional = toy_conditioning(4, 3), toy_conditioning(1, 4)
+    unconditional, batch = toy_conditioning(1, 4), toy_batch(4, 3, [jumps] * 4, 3)
     optimizer = optax.sgd(1.0)
-    step_fn, state = toy_step(config, optimizer), create(student, optimizer)
+    step_fn, state = toy_step(config, optimizer), toy_state(student, optimizer, 4)
     repeated = jax.tree.map(lambda a: jnp.repeat(a, 4, axis=0), unconditional)
-    for step in range(config.num_segments):
-        before = dataclasses.replace(state, step=jnp.int32(step))
-        after, metrics = step_fn(before, Frozen(teacher, unconditional), conditioning)
-        loss, grads = reference_gradient(student, teacher, conditioning, repeated, step, config)
-        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-3)
-        assert float(optax.global_norm(grads)) > 1e-4
-        for name, gradient in grads.items():
-            scale = float(jnp.abs(gradient).max())
-            np.testing.assert_allclose(student[name] - after.params[name], gradient, atol=2e-3 * scale, rtol=0)
+    before = dataclasses.replace(state, step=jnp.int32(jumps))
+    after, metrics = step_fn(before, Frozen(teacher, unconditional), batch)
+    loss, grads = reference_gradient(student, teacher, batch, repeated, jumps, config)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-3)
+    assert float(optax.tree.norm(grads)) > 1e-4
+    for name, gradient in grads.items():
+        scale = float(jnp.abs(gradient).max())
+        np.testing.assert_allclose(student[name] - after.params[name], gradient, atol=2e-3 * scale, rtol=0)
+
+
+def lcm_loss(student, target, teacher, batch, unconditional, step, config):
+    """Latent consistency distillation (arXiv 2310.04378) in plain Python, after its paper and not after this code."""
+    n, abar = len(batch.jumps), np.asarray(SCHEDULE.alphas_cumprod)
+    noise = jax.random.normal(rng.stream(config.seed, "noise", step), (n, *LATENT_SHAPE))
+    t = draw_timesteps(rng.stream(config.seed, "timesteps", step), jnp.zeros(n, jnp.int32), 1)
+    a, b = (abar[np.asarray(u)].reshape(n, 1, 1, 1) for u in (t, jnp.maximum(t - 20, 0)))
+    z = a**0.5 * batch.latents + (1 - a) ** 0.5 * noise
+    w = batch.guidance_scale[:, None, None, None] - 1  # the paper's w: 0 is no guidance
+    yes, no = (toy_apply({"params": teacher}, z, t, c) for c in (batch.conditioning, unconditional))
+    eps = yes + w * (yes - no)
+    z_prev = b**0.5 * (z - (1 - a) ** 0.5 * eps) / a**0.5 + (1 - b) ** 0.5 * eps
+
+    def f(params, z, t, a):
+        c_skip = 0.25 / ((10.0 * t) ** 2 + 0.25)
+        c_out = (10.0 * t) / ((10.0 * t) ** 2 + 0.25) ** 0.5
+        x0 = (z - (1 - a) ** 0.5 * toy_apply({"params": params}, z, t, batch.conditioning)) / a**0.5
+        return c_skip[:, None, None, None] * z + c_out[:, None, None, None] * x0
+
+    d = f(student, z, t, a) - f(target, z_prev, jnp.maximum(t - 20, 0), b)
+    return jnp.mean(jnp.sqrt(d**2 + 1e-6) - 1e-3)
+
+
+def test_lcm_is_a_point_of_the_same_space():
+    config = settings(
+        num_segments=1,
+        states="data",
+        skip=20,
+        target="x0",
+        target_network="ema",
+        distance="pseudo_huber",
+        ema_decay=0.95,
+    )
+    student, average, teacher = (toy_params(seed) for seed in (1, 5, 2))
+    batch = toy_batch(64, 3, [1] * 64, 1)
+    batch = batch.replace(
+        latents=jax.random.normal(jax.random.key(9), (64, *LATENT_SHAPE)),
+        guidance_scale=jnp.linspace(3.0, 15.0, 64),
+    )
+    unconditional = toy_conditioning(1, 4)
+    state = dataclasses.replace(create(student, optax.sgd(1.0), with_ema=True), ema=average)
+    after, metrics = toy_step(config, optax.sgd(1.0))(state, Frozen(teacher, unconditional), batch)
+    repeated = jax.tree.map(lambda a: jnp.repeat(a, 64, axis=0), unconditional)
+    loss, grads = jax.value_and_grad(lcm_loss)(student, average, teacher, batch, repeated, 0, config)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4)
+    for name, gradient in grads.items():
+        scale = float(jnp.abs(gradient).max())
+        np.testing.assert_allclose(student[name] - after.params[name], gradient, atol=2e-3 * scale, rtol=0)
+        np.testing.assert_allclose(after.ema[name], 0.95 * average[name] + 0.05 * after.params[name], rtol=1e-5)
 
 
 @pytest.mark.parametrize("distance", ["l2", "pseudo_huber"])
 def test_repeated_steps_lower_the_loss_and_keep_the_average(distance):
     config = settings(distance=distance, ema_decay=0.5)
     student, optimizer = toy_params(1), optax.sgd(0.0)
-    still = create(student, optimizer, with_ema=True)
+    still = toy_state(student, optimizer, 4, with_ema=True)
     frozen = Frozen(student, toy_conditioning(1, 4))
-    conditioning = toy_conditioning(4, 3)
-    state, metrics = toy_step(config, optimizer)(still, frozen, conditioning)
+    batch = toy_batch(4, 3, [0] * 4, 4)
+    state, metrics = toy_step(config, optimizer)(still, frozen, batch)
     assert int(state.step) == 1
     for a, b in zip(jax.tree.leaves((state.params, state.ema)), jax.tree.leaves((student, student)), strict=True):
         np.testing.assert_array_equal(a, b)
 
     optimizer = optax.sgd(0.05)
-    moved, _ = toy_step(config, optimizer)(create(student, optimizer, with_ema=True), frozen, conditioning)
+    moved, _ = toy_step(config, optimizer)(toy_state(student, optimizer, 4, with_ema=True), frozen, batch)
     assert moved.ema is not None and moved.trained is moved.ema
     for name in student:
         np.testing.assert_allclose(moved.ema[name], 0.5 * student[name] + 0.5 * moved.params[name], rtol=1e-5)
     # the step's draws are a function of state.step: at the same step the loss must be lower after the update
     again = dataclasses.replace(moved, step=still.step)
-    assert float(toy_step(config, optimizer)(again, frozen, conditioning)[1]["loss"]) < float(metrics["loss"])
+    assert float(toy_step(config, optimizer)(again, frozen, batch)[1]["loss"]) < float(metrics["loss"])
 
 
 def test_update_ema():
     ema = update_ema({"w": jnp.float32(1.0)}, {"w": jnp.bfloat16(3.0)}, 0.75)
     assert ema["w"].dtype == jnp.float32 and float(ema["w"]) == 1.5
-
-
-@pytest.mark.parametrize("num_segments", [1, 4, 7])
-def test_every_m_steps_visit_each_segment_once(num_segments):
-    config = settings(num_segments=num_segments)
-    draw = jax.jit(lambda step: draw_timesteps(step, 8, config))
-    for block in range(3):
-        steps = range(block * num_segments, (block + 1) * num_segments)
-        drawn = [draw(jnp.int32(step)) for step in steps]
-        assert sorted(int(segment) for segment, *_ in drawn) == list(range(num_segments))
-        for segment, t_m, t_n, edge in drawn:
-            assert (np.asarray(segment_of(t_m, num_segments)) == int(segment)).all()
-            assert ((edge <= t_n) & (t_n < t_m)).all()
 
 
 # --- the real network on one device and on meshes of them
@@ -195,12 +250,19 @@ def run_steps(architecture, config, num_devices, num_steps):
     config.mesh.update({"data": data, "fsdp": fsdp, "tensor": tensor})
     program = build_program(config, architecture, jax.devices()[:num_devices])
     frozen = Frozen(random_like(program.frozen.teacher, 0, 0.1), random_like(program.frozen.unconditional, 1, 1.0))
-    conditioning = random_like(program.conditioning, 2, 1.0)
+    (stage,) = program.stages
+    batch = stage.batch.replace(
+        conditioning=random_like(stage.batch.conditioning, 2, 1.0),
+        num_segments=jax.device_put(np.int32(config.num_segments), stage.batch.num_segments.sharding),
+        guidance_scale=jax.device_put(np.full(config.batch_size, 3, np.float32), stage.batch.jumps.sharding),
+    )
     state = program.init_state(random_like(program.frozen.teacher, 0, 0.1))
     before = jax.device_get((frozen.teacher, state.params))
     losses = []
-    for _ in range(num_steps):
-        state, metrics = program.step(state, frozen, conditioning)
+    for step in range(num_steps):
+        jumps = rows_at((stage.stage,), step).jumps.astype(np.int32)
+        batch = batch.replace(jumps=jax.device_put(jumps, stage.batch.jumps.sharding))
+        state, metrics = stage.step(state, frozen, batch)
         losses.append(float(metrics["loss"]))
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, before[0], jax.device_get(frozen.teacher))))
     return program, losses, before[1], state
@@ -209,7 +271,7 @@ def run_steps(architecture, config, num_devices, num_steps):
 @pytest.mark.usefixtures("quick_compiles")
 def test_full_training_is_the_same_on_every_mesh(architecture):
     config = settings(num_segments=2, ema_decay=0.9)
-    results = {n: run_steps(architecture, config.copy_and_resolve_references(), n, 2) for n in MESHES}
+    results = {n: run_steps(architecture, config.copy_and_resolve_references(), n, 3) for n in MESHES}
     _, losses, start, state = results[1]
     expected = jax.device_get(state.params)
     assert min(losses) > 1e-5
@@ -237,7 +299,7 @@ def test_a_lora_starts_as_the_teacher_and_trains_beside_it(architecture):
     teacher = random_like(program.frozen.teacher, 0, 0.1)
     variables = student_variables(jax.device_put(start), teacher, config)
     latents = jax.random.normal(jax.random.key(0), (8, *program.latent_shape))
-    t, conditioning = jnp.full((8,), 500), random_like(program.conditioning, 2, 1.0)
+    t, conditioning = jnp.full((8,), 500), random_like(program.stages[0].batch.conditioning, 2, 1.0)
     module = architecture.unet.module
     student, reference = (jax.jit(module.apply)(v, latents, t, conditioning) for v in (variables, {"params": teacher}))
     np.testing.assert_allclose(student, reference, rtol=0, atol=1e-6 * float(jnp.abs(reference).max()))

@@ -1,0 +1,98 @@
+"""The stages of a run: from which step on which settings hold. A pure function of the configuration.
+
+``config.stages`` lists changes: {"start": 6000, "num_segments": 4} means that from step 6000 (the first is 0) on,
+num_segments is 4 and everything else is as before. Trained weights, optimizer state and moving average go on.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mlcm_jax.errors import UserError
+
+# What may change within a run; the rest says what is trained, on what, and where.
+CHANGEABLE = (
+    "num_segments",
+    "states",
+    "timesteps",
+    "skip",
+    "solver_steps",
+    "trajectory_solver",
+    "student_steps",
+    "target",
+    "target_network",
+    "distance",
+    "optim.learning_rate",
+)
+# What a compiled step takes as an argument: stages that differ only in these share one program.
+TRACED = ("num_segments", "optim.learning_rate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Steps start <= step < end (0 is the first), and the whole configuration that holds there."""
+
+    start: int
+    end: int
+    config: ConfigDict
+
+    def program_key(self) -> str:
+        """Equal for stages that one compiled program serves."""
+        config = self.config.copy_and_resolve_references()
+        for key in TRACED:
+            _assign(config, key, 1)
+        return config.to_json(sort_keys=True)
+
+
+def read_stages(config: ConfigDict) -> tuple[Stage, ...]:
+    """The stages in order; the first begins at step 0 with the configuration's own settings.
+
+    Raises UserError for a stage without a start, starts that do not rise, and settings that cannot change.
+    """
+    starts, configs = [0], [_without_stages(config)]
+    for number, change in enumerate(config.stages, 2):
+        start = _start(change, number, starts[-1])
+        changed = configs[-1].copy_and_resolve_references()
+        for key, value in change.items():
+            if key != "start":
+                _change(changed, key, value, number)
+        starts.append(start)
+        configs.append(changed)
+    ends = [*starts[1:], max(config.num_steps, starts[-1] + 1)]
+    return tuple(Stage(*fields) for fields in zip(starts, ends, configs, strict=True))
+
+
+def stage_at(stages: tuple[Stage, ...], step: int) -> int:
+    """The number, from 0, of the stage that ``step`` lies in; steps after the end count to the last one."""
+    return max(i for i, stage in enumerate(stages) if stage.start <= step)
+
+
+def _without_stages(config: ConfigDict) -> ConfigDict:
+    alone = config.copy_and_resolve_references()
+    alone.stages = ()
+    return alone
+
+
+def _start(change: Mapping[str, Any], number: int, before: int) -> int:
+    start = change.get("start")
+    if not isinstance(start, int) or start <= before:
+        raise UserError(f'config.stages: stage {number} needs a "start" step after {before}, and has {start!r}.')
+    return start
+
+
+def _change(config: ConfigDict, key: str, value: Any, number: int) -> None:
+    if key not in CHANGEABLE:
+        raise UserError(f"config.stages: stage {number} changes {key!r}; only these can: {', '.join(CHANGEABLE)}.")
+    try:
+        _assign(config, key, value)
+    except TypeError:
+        raise UserError(f"config.stages: stage {number} sets {key} to {value!r}, which is of another type.") from None
+
+
+def _assign(config: ConfigDict, key: str, value: Any) -> None:
+    *outer, last = key.split(".")
+    for part in outer:
+        config = config[part]
+    config[last] = value
