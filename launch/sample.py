@@ -18,9 +18,11 @@ from mlcm_jax.diffusion.samplers import step_table
 from mlcm_jax.errors import UserError
 from mlcm_jax.generate import decode, draw_noise, sample_latents
 from mlcm_jax.hub.pipeline import Pipeline, load_pipeline
+from mlcm_jax.hub.text import with_text
 from mlcm_jax.images import image_grid
 
 MODEL = flags.DEFINE_string("model", None, "Diffusers folder or hub id.", required=True)
+TEXT = flags.DEFINE_string("text", None, "Folder of text encoders and tokenizers to use in place of the model's own.")
 PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; give it again for more pictures.", required=True)
 STEPS = flags.DEFINE_integer("steps", 4, "Sampling steps.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial noise.")
@@ -62,6 +64,8 @@ def initial_noise(pipeline: Pipeline, num_prompts: int) -> jax.Array:
 
 def main():
     pipeline = load_pipeline(MODEL.value, dtype=jnp.dtype(DTYPE.value))
+    if TEXT.value:
+        pipeline = with_text(pipeline, TEXT.value, dtype=jnp.dtype(DTYPE.value))
     step_table(pipeline.scheduler_config, STEPS.value)  # answers a wrong --steps before anything is compiled
     noise = initial_noise(pipeline, len(PROMPT.value))
     n, height, _, _ = noise.shape

@@ -102,7 +102,10 @@ class Network:
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """The parts of a diffusers folder; ``folder`` is where tokenizers and other components are copied from."""
+    """The parts of a diffusers folder; ``folder`` is where other components are copied from when it is written.
+
+    ``tokenizer_folder``: where the tokenizers came from, when that is another folder.
+    """
 
     unet: Network
     vae: Network
@@ -111,6 +114,7 @@ class Pipeline:
     scheduler_config: dict[str, Any]
     model_index: dict[str, Any]
     folder: Path
+    tokenizer_folder: Path | None = None
 
     def networks(self) -> dict[str, Network]:
         """Networks by the name of their folder."""
@@ -315,6 +319,7 @@ def save_pipeline(
     model_index = json.loads(json.dumps(pipeline.model_index))
     model_index["scheduler"] = ["diffusers", scheduler_config["_class_name"]]
     networks = pipeline.networks()
+    _, tokenizers = PIPELINES[model_index["_class_name"]]
     for part, network in networks.items():
         file_name = WEIGHT_FILES[model_index[part][0]]
         save_params(network.params, network.config, folder / part, file_name=file_name, dtype=dtype)
@@ -322,8 +327,9 @@ def save_pipeline(
         return
     for part, entry in model_index.items():
         if isinstance(entry, list) and part not in networks and part != "scheduler" and None not in entry:
-            if (pipeline.folder / part).is_dir():
-                shutil.copytree(pipeline.folder / part, folder / part, dirs_exist_ok=True)
+            source = (pipeline.tokenizer_folder or pipeline.folder) if part in tokenizers else pipeline.folder
+            if (source / part).is_dir():
+                shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
             else:
                 model_index[part] = [None, None]
     write_json(scheduler_config, folder / "scheduler" / "scheduler_config.json")
