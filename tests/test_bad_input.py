@@ -76,6 +76,7 @@ SAMPLE = {
     "no steps": (["--model={model}", "--steps=0"], ["num_steps=0"]),
     "steps that are no number": (["--model={model}", "--steps=four"], ["--steps=four"]),
     "latents of another model": (["--model={model}", "--latents={files}/three_channels.npy"], ["[1, 3, 16, 16]"]),
+    "no text folder": (["--model={model}", "--text={files}/nowhere"], ["{files}/nowhere/text_encoder does not exist"]),
     "latents that are text": (["--model={model}", "--latents={files}/prompts.txt"], ["not a readable .npy"]),
     "an image size": (["--model={model}", "--image_size=31"], ["image_size=31"]),
 }
