@@ -1,0 +1,48 @@
+"""The judges that give each picture one number, by name."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from mlcm_jax.errors import UserError
+from mlcm_jax.evaluation.clip_features import image_features, load_scorer
+from mlcm_jax.evaluation.clip_score import clip_scores, load_scorer_tokenizer, text_features
+
+Score = Callable[[UInt8[np.ndarray, "n H W 3"], Sequence[str]], Float[np.ndarray, " n"]]
+
+
+def load_clip_score(folder: str | Path) -> Score:
+    """The cosine similarity of picture and prompt in a transformers CLIPModel folder with its tokenizer.
+
+    Raises UserError for an unsupported setting, unfit weights, and a missing tokenizer or preprocessor_config.json.
+    """
+    scorer, tokenizer = load_scorer(folder), load_scorer_tokenizer(folder)
+
+    def score(images: UInt8[np.ndarray, "n H W 3"], prompts: Sequence[str]) -> Float[np.ndarray, " n"]:
+        return clip_scores(image_features(scorer, images), text_features(scorer, tokenizer, prompts))
+
+    return score
+
+
+# name: what reads its folder or file. More is better for each of them.
+SCORERS: dict[str, Callable[[str], Score]] = {
+    "clip": load_clip_score,
+}
+
+
+def parse_places(flag: str, entries: Sequence[str], known: Sequence[str]) -> dict[str, str]:
+    """["clip=DIR", ...] as {"clip": "DIR", ...}.
+
+    Raises UserError, which names ``flag``, for an entry of another form, an unknown name and a name that comes twice.
+    """
+    places = {}
+    for entry in entries:
+        name, _, place = entry.partition("=")
+        if not place or name not in known or name in places:
+            raise UserError(
+                f"--{flag} has the entry {entry!r}: write NAME=PLACE, each name once, of {', '.join(sorted(known))}."
+            )
+        places[name] = place
+    return places
