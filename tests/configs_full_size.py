@@ -52,3 +52,63 @@ SSD1B = {
     "upcast_attention": None,
     "use_linear_projection": True,
 }
+
+# The judges: openai/clip-vit-large-patch14, laion/CLIP-ViT-H-14-laion2B-s32B-b79K (PickScore and HPS v2 are tuned from
+# it), laion/CLIP-ViT-g-14-laion2B-s12B-b42K, and BLIP's med_config.json, as ImageReward has it.
+CLIP_L14 = {
+    "architectures": ["CLIPModel"],
+    "model_type": "clip",
+    "projection_dim": 768,
+    "logit_scale_init_value": 2.6592,
+    "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12},
+    "vision_config": {
+        "hidden_size": 1024,
+        "image_size": 224,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+    },
+}
+_LAION_TEXT = {"hidden_act": "gelu", "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
+_LAION_TEXT |= {"num_hidden_layers": 24, "eos_token_id": 2}
+CLIP_H14 = {
+    **CLIP_L14,
+    "projection_dim": 1024,
+    "text_config": _LAION_TEXT,
+    "vision_config": {
+        **CLIP_L14["vision_config"],
+        "hidden_act": "gelu",
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+    },
+}
+CLIP_G14 = {
+    **CLIP_H14,
+    "vision_config": {
+        **CLIP_H14["vision_config"],
+        "hidden_size": 1408,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 40,
+    },
+}
+MED_CONFIG = {
+    "architectures": ["BertModel"],
+    "attention_probs_dropout_prob": 0.1,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "hidden_size": 768,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "layer_norm_eps": 1e-12,
+    "max_position_embeddings": 512,
+    "model_type": "bert",
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "pad_token_id": 0,
+    "type_vocab_size": 2,
+    "vocab_size": 30524,
+    "encoder_width": 768,
+    "add_cross_attention": True,
+}

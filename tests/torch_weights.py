@@ -3,8 +3,10 @@
 import jax
 import numpy as np
 import torch
+from recorded_weights import weights
 
-from mlcm_jax.hub.pipeline import load_network
+from mlcm_jax.hub import names
+from mlcm_jax.hub.pipeline import load_network, parameter_shapes
 
 
 def randomise(module, seed=0):
@@ -23,6 +25,17 @@ def through_files(module, folder, class_name=None):
     """The Network that hub.pipeline reads from what ``module.save_pretrained`` writes."""
     module.save_pretrained(folder)
     return load_network(folder, class_name or type(module).__name__)
+
+
+def network_weights(module, *inputs):
+    """Numbers for a Flax module's parameters, under torch's names; ``inputs`` are what its ``__call__`` takes."""
+    return weights(named_shapes(parameter_shapes(module, *inputs)))
+
+
+def named_shapes(params):
+    """Torch's names and shapes for a tree of Flax parameters."""
+    walk = names.walk(params)
+    return {name: names.torch_shape(path, leaf.shape) for path, leaf, ours in walk for name in ours}
 
 
 def channels_first(array):

@@ -8,17 +8,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from mlcm_jax.conditioning import tokenize
 from mlcm_jax.errors import UserError
 from mlcm_jax.evaluation.clip_features import CHUNK, Scorer
 from mlcm_jax.hub.pipeline import load_tokenizer
+from mlcm_jax.models.clip_config import TextTowerConfig
 
 
 def load_scorer_tokenizer(folder: str | Path) -> Any:
     """The tokenizer in a scorer's folder; raises UserError when there is none."""
     return load_tokenizer(Path(folder), "CLIPTokenizer")
+
+
+def scorer_tokens(tokenizer: Any, tower: TextTowerConfig, prompts: Sequence[str]) -> Int[np.ndarray, "n t"]:
+    """Token ids for a scorer's text tower; longer prompts are cut to the tokenizer's length.
+
+    Raises UserError for a tokenizer that makes longer rows, or other ids, than the tower has embeddings for.
+    """
+    tokens = tokenize(tokenizer, prompts)
+    if tokens.shape[1] > tower.max_position_embeddings or tokens.max() >= tower.vocab_size:
+        raise UserError(
+            f"The scorer's tokenizer makes rows of {tokens.shape[1]} tokens with ids up to {tokens.max()}, but its "
+            f"text tower takes {tower.max_position_embeddings} tokens of {tower.vocab_size}: use the scorer's own."
+        )
+    return tokens
 
 
 @partial(jax.jit, static_argnames=("module",))
@@ -29,15 +44,9 @@ def _encode(module, params, tokens):
 def text_features(scorer: Scorer, tokenizer: Any, prompts: Sequence[str]) -> Float[np.ndarray, "n p"]:
     """Projected text embeddings, float32, not normalised; compiled once, for ``CHUNK`` prompts at a time.
 
-    Longer prompts are cut to the tokenizer's length. Raises UserError for a tokenizer that makes longer rows, or other
-    ids, than the text tower has embeddings for.
+    Cuts prompts and raises UserError as ``scorer_tokens`` does.
     """
-    tokens, tower = tokenize(tokenizer, prompts), scorer.network.module.text
-    if tokens.shape[1] > tower.max_position_embeddings or tokens.max() >= tower.vocab_size:
-        raise UserError(
-            f"The scorer's tokenizer makes rows of {tokens.shape[1]} tokens with ids up to {tokens.max()}, but its "
-            f"text tower takes {tower.max_position_embeddings} tokens of {tower.vocab_size}: use the scorer's own."
-        )
+    tokens = scorer_tokens(tokenizer, scorer.network.module.text, prompts)
     features = []
     for start in range(0, len(tokens), CHUNK):
         rows = np.arange(start, start + CHUNK) % len(tokens)

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
 from mlcm_jax.errors import UserError
@@ -35,6 +37,13 @@ KEYS: Table = {
     **dict.fromkeys(("disable_grouping", "pad_size"), (None, None)),
 }
 Size = tuple[int, int]  # height, width in pixels
+# PIL's filters that JAX has; both widen them when images shrink, and both have Keys' cubic at a = -0.5
+JAX_FILTERS = {
+    Image.Resampling.NEAREST: "nearest",
+    Image.Resampling.LANCZOS: "lanczos3",
+    Image.Resampling.BILINEAR: "linear",
+    Image.Resampling.BICUBIC: "cubic",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +87,26 @@ class Preprocessor:
         normalised = (pixels.astype(np.float32) * self.scale - np.asarray(self.mean)) / np.asarray(self.std)
         return normalised.astype(np.float32)
 
+    def differentiable(self, images: Float[Array, "n H W 3"]) -> Float[Array, "n h w 3"]:
+        """The same for float images in [-1, 1], clipped to them, as a function that JAX can differentiate.
+
+        PIL rounds to 8 bits after each direction of a resize, JAX does not: pixels differ by 2/255 at most. Raises
+        UserError for images that are smaller than the crop and for a filter that JAX does not have.
+        """
+        if self.resample not in JAX_FILTERS:
+            raise UserError(
+                f"preprocessor_config.json has resample={self.resample}: use {[int(f) for f in JAX_FILTERS]}."
+            )
+        pixels = jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)
+        if self.resize is not None:
+            (n, rows, columns, _), method = pixels.shape, JAX_FILTERS[Image.Resampling(self.resample)]
+            height, width = self._resized(rows, columns)
+            for shape in ((n, rows, width, 3), (n, height, width, 3)):  # PIL's order; it clips after each
+                pixels = jnp.clip(jax.image.resize(pixels, shape, method), 0, 1)
+        if self.crop is not None:
+            pixels = self._cropped(pixels)
+        return (pixels * (255 * self.scale) - jnp.asarray(self.mean)) / jnp.asarray(self.std)
+
     def _resized(self, height: int, width: int) -> Size:
         if not isinstance(self.resize, int):
             return self.resize or (height, width)
@@ -87,7 +116,7 @@ class Preprocessor:
     def _resample(self, image: np.ndarray, height: int, width: int) -> np.ndarray:
         return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling(self.resample)))
 
-    def _cropped(self, pixels: np.ndarray) -> np.ndarray:
+    def _cropped(self, pixels: Any) -> Any:
         (height, width), (crop_height, crop_width) = pixels.shape[1:3], self.crop or pixels.shape[1:3]
         if crop_height > height or crop_width > width:
             raise UserError(
@@ -96,6 +125,17 @@ class Preprocessor:
             )
         top, left = (height - crop_height) // 2, (width - crop_width) // 2
         return pixels[:, top : top + crop_height, left : left + crop_width]
+
+
+# What OpenAI's 224 px towers take, open_clip's and BLIP's too
+CLIP_224 = Preprocessor(
+    resize=224,
+    crop=(224, 224),
+    resample=int(Image.Resampling.BICUBIC),
+    scale=1 / 255,
+    mean=KEYS["image_mean"][0],
+    std=KEYS["image_std"][0],
+)
 
 
 def _size(key: str, value: Any) -> int | Size:

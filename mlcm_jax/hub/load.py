@@ -6,7 +6,7 @@ assembled on the host, cast and placed, so that the host holds little more than 
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,14 +139,24 @@ def find_weights(folder: Path) -> Path:
     raise UserError(f"{folder} has no safetensors weights: expected {candidates[0].name} or {candidates[1].name}.")
 
 
-def _match_names(reader: TensorReader, expected: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+def open_weights(source: str | Path) -> TensorReader:
+    """Tensors of a component's folder, or of one .safetensors file; raises UserError for a pickle and for no file."""
+    path = Path(source)
+    if any(path.match(pattern) for pattern in PICKLES):
+        raise UserError(f"{path} is a pickle, never read here: convert it to safetensors.")
+    return TensorReader(path if path.suffix == ".safetensors" else find_weights(path))
+
+
+def _match_names(
+    reader: TensorReader, expected: Mapping[str, tuple[int, ...]], ignored: Sequence[re.Pattern]
+) -> dict[str, str]:
     """Map each expected name to the name that the file uses for it; every tensor must find its place."""
     in_file = set(reader.names())
     found, unexpected = {}, []
     for name in in_file:
         if name in expected:
             found[name] = name
-        elif not any(rule.search(name) for rule in IGNORED):
+        elif not any(rule.search(name) for rule in (*IGNORED, *ignored)):
             spelt = (rule.sub(new, name) for rule, new in ALIASES if rule.search(name))
             ours = next((s for s in spelt if s in expected and s not in in_file), None)
             if ours is None or ours in found:
@@ -211,22 +221,31 @@ def place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Arra
     return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
 
-def load_params(shapes: Params, folder: str | Path, *, dtype: Any = None, shardings: Any = None) -> Params:
+def load_params(
+    shapes: Params,
+    source: str | Path | TensorReader,
+    *,
+    dtype: Any = None,
+    shardings: Any = None,
+    ignored: Sequence[re.Pattern] = (),
+) -> Params:
     """Read a component's safetensors into parameters of the given tree, strictly and one array at a time.
 
     Args:
       shapes: tree of ShapeDtypeStructs, ``jax.eval_shape(module.init, ...)["params"]``; its dtypes are not used.
-      folder: holds ``diffusion_pytorch_model`` or ``model`` as ``.safetensors``, ``.fp16.safetensors`` or shards.
+      source: a folder with ``diffusion_pytorch_model`` or ``model`` as ``.safetensors``, ``.fp16.safetensors`` or
+        shards; one .safetensors file; or an open reader.
       dtype: of all parameters; None keeps the file's.
       shardings: one sharding for all, or a tree like ``shapes``; None puts everything on the default device.
+      ignored: names that a file may have beside the network's, such as those of a part that is not used.
 
     Raises UserError for missing, unexpected, misshapen or non-float tensors, for a corrupt file, for an index that
     leaves its folder and for weights that are only there as a pickle.
     """
-    reader = TensorReader(find_weights(Path(folder)))
+    reader = source if isinstance(source, TensorReader) else open_weights(source)
     leaves = list(names.walk(shapes))
     expected = {n: names.torch_shape(path, leaf.shape) for path, leaf, torch_names in leaves for n in torch_names}
-    found = _match_names(reader, expected)
+    found = _match_names(reader, expected, ignored)
     check_tensors(reader, found, expected)
     one_for_all = shardings is None or isinstance(shardings, jax.sharding.Sharding)
     by_path: dict[names.Path, Any] = {} if one_for_all else traverse_util.flatten_dict(shardings)

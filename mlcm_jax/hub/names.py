@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-STACKED = ("transformer_blocks", "layers")
-LISTS = ("down_blocks", "up_blocks", "resnets", "attentions", "downsamplers", "upsamplers", "to_out", "net")
+STACKED = ("transformer_blocks", "layers", "layer", "blocks")
+LISTS = ("down_blocks", "up_blocks", "resnets", "attentions", "downsamplers", "upsamplers", "to_out", "net", "layers")
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 _LIST_ITEM = re.compile(rf"^({'|'.join(LISTS)})_(\d+)$")
 

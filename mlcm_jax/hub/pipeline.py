@@ -28,7 +28,12 @@ PIPELINES = {
 }
 WEIGHT_FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 DOWNLOADED = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+# tokenizer class that is read as itself: the files one of which groups it needs; others are transformers' to find
+TOKENIZER_FILES = {
+    "CLIPTokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
+    "BertTokenizer": (("tokenizer.json",), ("vocab.txt",)),
+    "AutoTokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
+}
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 # (component name, tree of ShapeDtypeStructs) -> one sharding or a tree of them, as load_params takes it
@@ -125,7 +130,12 @@ class Pipeline:
 def network_shapes(module: nn.Module, config: Mapping[str, Any]) -> Params:
     """Shapes of a network's parameters (a tree of ShapeDtypeStructs); no parameter is allocated."""
     spec = next(n for n in NETWORKS.values() if n.attribute == type(module).__name__)
-    return jax.eval_shape(module.init, jax.random.key(0), *spec.inputs(config))["params"]
+    return parameter_shapes(module, *spec.inputs(config))
+
+
+def parameter_shapes(module: nn.Module, *inputs: Any) -> Params:
+    """Shapes of a module's parameters, a tree of ShapeDtypeStructs; ``inputs`` are what its ``__call__`` takes."""
+    return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
 
 
 def _check_class(folder: Path, class_name: str):
@@ -206,14 +216,14 @@ def conditioning_shapes(pipeline: Pipeline, n: int) -> TextConditioning:
 
 def load_tokenizer(folder: Path, class_name: str) -> Any:
     """Read a tokenizer with transformers; raises UserError when the folder holds none."""
+    loader = next((name for name in TOKENIZER_FILES if class_name.startswith(name)), "AutoTokenizer")
     # transformers makes an empty vocabulary of a folder without these files
-    if not any(all((folder / f).is_file() for f in group) for group in TOKENIZER_FILES):
-        needed = " or ".join(" with ".join(group) for group in TOKENIZER_FILES)
+    groups = TOKENIZER_FILES[loader]
+    if not any(all((folder / f).is_file() for f in group) for group in groups):
+        needed = " or ".join(" with ".join(group) for group in groups)
         raise UserError(f"{folder} holds no tokenizer: it needs {needed}.")
-    auto = not class_name.startswith("CLIPTokenizer")
-    loader = transformers.AutoTokenizer if auto else transformers.CLIPTokenizer
     try:
-        return loader.from_pretrained(folder, local_files_only=True)
+        return getattr(transformers, loader).from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as e:
         raise UserError(f"{folder} holds no readable {class_name} ({' '.join(str(e).split())[:200]}).") from None
 

@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -60,6 +61,23 @@ def test_preprocessor(case, shape, tmp_path):
     got = Preprocessor.from_folder(tmp_path)(x)
     assert got.dtype == np.float32 and got.shape == want.shape
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (40, 61), (61, 40)])
+@pytest.mark.parametrize("case", PREPROCESSORS)
+def test_differentiable_preprocessor(case, shape, tmp_path):
+    """Within the rounding to 8 bits that PIL does after each direction."""
+    CLIPImageProcessorPil(**PREPROCESSORS[case]).save_pretrained(tmp_path)
+    preprocessor, x = Preprocessor.from_folder(tmp_path), images(2, *shape)
+    got = preprocessor.differentiable(jnp.asarray(x / 127.5 - 1))
+    assert got.shape == preprocessor(x).shape
+    assert (np.abs(got - preprocessor(x)) * np.asarray(preprocessor.std)).max() <= 2 / 255
+
+
+def test_filters_that_jax_lacks(tmp_path):
+    CLIPImageProcessorPil(**SQUARE | {"resample": 4}).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="resample=4: use"):
+        Preprocessor.from_folder(tmp_path).differentiable(jnp.zeros((1, 48, 48, 3)))
 
 
 def test_sizes_as_old_files_write_them(tmp_path):

@@ -8,8 +8,8 @@ import diffusers
 import pytest
 import torch
 import transformers
+from torch_weights import named_shapes
 
-from mlcm_jax.hub import names
 from mlcm_jax.hub.load import read_json
 from mlcm_jax.hub.pipeline import network_shapes, read_architecture
 from mlcm_jax.models.unet import UNet2DConditionModel
@@ -20,15 +20,6 @@ SDXL = Path(__file__).parents[2] / "configs" / "architectures" / "sdxl"
 @pytest.fixture(scope="module")
 def networks():
     return read_architecture(SDXL).networks()
-
-
-def our_shapes(params):
-    """Torch's names and shapes for a tree of Flax parameters."""
-    return {
-        name: names.torch_shape(path, leaf.shape)
-        for path, leaf, torch_names in names.walk(params)
-        for name in torch_names
-    }
 
 
 def torch_shapes(config, class_name):
@@ -58,12 +49,12 @@ def torch_shapes(config, class_name):
 )
 def test_names_and_shapes_are_torch(networks, part, class_name):
     config = read_json(SDXL / part / "config.json")
-    assert our_shapes(networks[part].params) == torch_shapes(config, class_name)
+    assert named_shapes(networks[part].params) == torch_shapes(config, class_name)
 
 
 @pytest.mark.parametrize(("name", "millions"), [("SD15", 859.5), ("SD21", 865.9), ("SSD1B", 1331)])
 def test_other_unets_names_and_shapes_are_torch(name, millions):
     config = getattr(configs_full_size, name)
-    ours = our_shapes(network_shapes(UNet2DConditionModel.from_config(config), config))
+    ours = named_shapes(network_shapes(UNet2DConditionModel.from_config(config), config))
     assert ours == torch_shapes(config, "UNet2DConditionModel")
     assert sum(map(math.prod, ours.values())) / 1e6 == pytest.approx(millions, rel=1e-3)
