@@ -39,7 +39,7 @@ def base() -> ConfigDict:
     config.target = "edge"  # what is compared: the jumps to the segment's end (edge), or the clean latents (x0)
     config.target_network = "student"  # that jumps from the teacher's state: student, or ema (needs ema_decay)
     config.distance = "l2"  # between the two: l2 or pseudo_huber
-    config.stages = ()  # changes in the course of the run, such as ({"start": 6000, "num_segments": 4},)
+    config.consistency_weight = 1.0  # of that distance in the loss
     config.trainable = "full"  # full: all weights of the UNet; lora: low-rank factors beside the frozen teacher
     config.lora = ConfigDict()
     config.lora.rank = 64
@@ -47,9 +47,21 @@ def base() -> ConfigDict:
     config.lora.targets = UNET_TARGETS  # regular expressions on module paths
     config.ema_decay = 0.0  # moving average of the trained weights, used for samples and export; 0: none
 
+    # Further losses (train/terms.py); weight 0: not used
+    config.distribution_matching = ConfigDict()
+    config.distribution_matching.weight = 0.0
+    config.distribution_matching.learning_rate = 1e-5  # of the fake score
+    config.distribution_matching.updates = 1  # of the fake score, for each of the student
+    config.adversarial = ConfigDict()
+    config.adversarial.weight = 0.0
+    config.adversarial.learning_rate = 1e-4  # of the discriminator's heads
+    config.adversarial.updates = 1  # of the heads, for each of the student
+    config.adversarial.width = 64  # channels of a head
+
     # Length and optimizer
     config.seed = 0
     config.num_steps = 12_000
+    config.stages = ()  # changes in the course of the run, such as ({"start": 6000, "num_segments": 4},)
     config.batch_size = 16  # prompts a step, over all devices
     config.optim = ConfigDict()
     config.optim.learning_rate = 1e-4
@@ -97,6 +109,11 @@ def validate(config: ConfigDict) -> None:
     for (key, value), (needed, advice) in _NEEDS.items():
         if config[key] == value and not config[needed]:
             raise UserError(f"config.{key}={value!r} needs config.{needed}: {advice}.")
+    if config.adversarial.weight > 0 and config.states not in ("data", "student"):
+        raise UserError(
+            f"config.adversarial needs clean latents to tell from, and states={config.states!r} has none: use student "
+            "or data."
+        )
 
 
 def _one_of(*values):
@@ -122,6 +139,14 @@ _RULES = {
     "skip": _POSITIVE,
     "solver_steps": _POSITIVE,
     "guidance_scale_max": _NOT_NEGATIVE,
+    "consistency_weight": _NOT_NEGATIVE,
+    "distribution_matching.weight": _NOT_NEGATIVE,
+    "distribution_matching.learning_rate": _POSITIVE,
+    "distribution_matching.updates": _POSITIVE,
+    "adversarial.weight": _NOT_NEGATIVE,
+    "adversarial.learning_rate": _POSITIVE,
+    "adversarial.updates": _POSITIVE,
+    "adversarial.width": ((lambda v: v >= 2 and v % 2 == 0), "an even number above 0"),
     "target": _one_of(*JUMPS),
     "target_network": _one_of("student", "ema"),
     "guidance_scale": _POSITIVE,

@@ -28,13 +28,17 @@ from mlcm_jax.types import Latents, Pool, Timesteps
 
 
 class States(NamedTuple):
-    """A state, the teacher's state ``skip`` timesteps on, and the lower edge of their segment."""
+    """A state, the teacher's state ``skip`` timesteps on, and the lower edge of their segment.
+
+    clean: the latents that were noised to make the state; None for states of trajectories, which begin at noise.
+    """
 
     z_m: Latents
     t_m: Timesteps
     z_n: Latents
     t_n: Timesteps
     edge: Timesteps
+    clean: Latents | None = None
 
 
 class Rows(NamedTuple):
@@ -125,7 +129,7 @@ def _noised(source: Source, rows: Rows, latents: Latents) -> States:
     t_m = source.draw_timesteps(rows.segment, rows.num_segments)
     t_n, edge = source.short_step(rows, t_m)
     z_m = add_noise(source.schedule, latents, rows.noise, t_m)
-    return States(z_m, t_m, source.teacher_step(z_m, t_m, t_n), t_n, edge)
+    return States(z_m, t_m, source.teacher_step(z_m, t_m, t_n), t_n, edge, latents)
 
 
 def data(source: Source, rows: Rows, pool: Pool | None) -> tuple[States, Pool | None]:

@@ -1,5 +1,6 @@
 """The batches of a run: which prompts, which places on trajectories, and the program of the stage they belong to."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -38,14 +39,13 @@ class Feed:
         stage = self._program.stages[stage_at(self._stages, step)]
         numbers = shuffled(rows.prompts, len(self._prompts), config.seed)
         prompts = [self._prompts[i] for i in numbers]
-        replicated = stage.batch.num_segments.sharding
-        batch_sharding = sharding.batch_sharding(self._program.mesh)
+        put = partial(jax.device_put, device=sharding.batch_sharding(self._program.mesh))
+        one = stage.batch.num_segments.sharding
         batch = Batch(
-            conditioning=encode_prompts(self._pipeline, prompts, self._program.image_size),
-            jumps=rows.jumps.astype(np.int32),
-            num_segments=jax.device_put(np.int32(stage.stage.config.num_segments), replicated),
-            guidance_scale=rows.guidance_scale,
-            latents=self._latents[numbers] if stage.batch.latents is not None and self._latents else None,
+            conditioning=put(encode_prompts(self._pipeline, prompts, self._program.image_size)),
+            jumps=put(rows.jumps.astype(np.int32)),
+            num_segments=jax.device_put(np.int32(stage.stage.config.num_segments), one),
+            guidance_scale=put(rows.guidance_scale),
+            latents=put(self._latents[numbers]) if stage.batch.latents is not None and self._latents else None,
         )
-        shardings = jax.tree.map(lambda _: batch_sharding, batch).replace(num_segments=replicated)
-        return Fed(stage, jax.device_put(batch, shardings))
+        return Fed(stage, batch)

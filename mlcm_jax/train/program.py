@@ -1,9 +1,9 @@
 """The step of a run and its abstract arguments, built from config.json files alone: what is planned, compiled, run."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from mlcm_jax.train.plan import Plan, make_plan
 from mlcm_jax.train.stages import Stage, read_stages
 from mlcm_jax.train.state import TrainState, create
 from mlcm_jax.train.step import Frozen, make_train_step
+from mlcm_jax.train.terms import Apply, Setting, Shapes, create_rivals
 from mlcm_jax.types import Batch, Params, TextConditioning
 
 
@@ -55,20 +56,12 @@ class Program:
     mesh: Mesh
     plan: Plan
     config: ConfigDict
+    create_state: Callable[[Params | None], TrainState]
 
     def init_state(self, teacher: Params | None) -> TrainState:
         """The state at step 0. teacher: the teacher's weights, float32; needed to train all weights only."""
-        config = self.config
-        create_state = partial(_create, [s.stage for s in self.stages], self.latent_shape)
         shardings = jax.tree.map(lambda a: a.sharding, self.state)
-
-        def init_lora():
-            key = rng.stream(config.seed, "init", 0)
-            return create_state(lora.init(key, self.frozen.teacher, config.lora.rank, config.lora.targets))
-
-        if config.trainable == "lora":
-            return jax.jit(init_lora, out_shardings=shardings)()
-        return jax.jit(create_state, out_shardings=shardings)(teacher)
+        return jax.jit(self.create_state, out_shardings=shardings)(teacher)
 
 
 def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> Program:
@@ -85,20 +78,18 @@ def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> P
     stages = read_stages(config)
     batch_sharding, replicated = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
 
-    def init_state(params):
-        if config.trainable == "lora":
-            params = lora.init(jax.random.key(0), params, config.lora.rank, config.lora.targets)
-        return _create(stages, latent_shape, params)
-
-    state = jax.eval_shape(init_state, _cast(unet.params, jnp.float32))
-    pool = _place_all(state.pool, batch_sharding)
-    state = _place(state, sharding.param_shardings(state, mesh, config.sharding_rules)).replace(pool=pool)
     teacher = _cast(unet.params, config.frozen_dtype)
     teacher = _place(teacher, sharding.param_shardings(teacher, mesh, config.sharding_rules))
     frozen = Frozen(teacher, _place_all(conditioning_shapes(architecture, 1), replicated))
     conditioning = _place_all(conditioning_shapes(architecture, config.batch_size), batch_sharding)
+    latents = jax.ShapeDtypeStruct((config.batch_size, *latent_shape), jnp.float32, sharding=batch_sharding)
 
     module = UNet2DConditionModel.from_config(unet.config, jnp.dtype(config.compute_dtype), remat=config.remat)
+    create_state = partial(_create, stages, module.apply, schedule, Shapes(teacher, conditioning, latents))
+    state = jax.eval_shape(create_state, None if config.trainable == "lora" else _cast(unet.params, jnp.float32))
+    pool = _place_all(state.pool, batch_sharding)
+    state = _place(state, sharding.param_shardings(state, mesh, config.sharding_rules)).replace(pool=pool)
+    state_shardings = jax.tree.map(lambda a: a.sharding, state)
     make_step = partial(
         make_train_step,
         module.apply,
@@ -107,16 +98,15 @@ def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> P
         latent_shape=latent_shape,
         constrain=lambda latents: jax.lax.with_sharding_constraint(latents, batch_sharding),
     )
-    state_shardings = jax.tree.map(lambda a: a.sharding, state)
     compiled, programs = {}, []
     for stage in stages:
-        train_step, batch = make_step(stage.config), _batch_shapes(stage.config, conditioning, latent_shape, mesh)
+        train_step, batch = make_step(stage.config), _batch_shapes(stage.config, conditioning, latents, replicated)
         jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, replicated))
         flops = count_flops(train_step, state, frozen, batch, while_trips=average_trips(stage.config))
         step = compiled.setdefault(stage.program_key(), jitted)
         programs.append(StageProgram(stage, step, batch, flops))
     plan = make_plan(programs, mesh, image_size=image_size, state=state, frozen=frozen)
-    return Program(tuple(programs), state, frozen, latent_shape, image_size, schedule, mesh, plan, config)
+    return Program(tuple(programs), state, frozen, latent_shape, image_size, schedule, mesh, plan, config, create_state)
 
 
 def average_trips(config: ConfigDict) -> float:
@@ -130,21 +120,36 @@ def stage_optimizer(stages: Sequence[Stage]) -> optax.GradientTransformation:
     return make_optimizer(config.optim, config.num_steps, {s.start: s.config.optim.learning_rate for s in stages[1:]})
 
 
-def _create(stages: Sequence[Stage], latent_shape: tuple[int, int, int], params: Params) -> TrainState:
+def _create(
+    stages: Sequence[Stage], apply: Apply, schedule: Schedule, shapes: Shapes, teacher: Params | None
+) -> TrainState:
+    """The state at step 0, with all that any of the stages needs. teacher: float32, to train all weights only."""
     config = stages[0].config
-    streams = any(stage.config.states == "streaming" for stage in stages)
-    pool = empty_pool(config.batch_size, latent_shape) if streams else None
-    return create(params, stage_optimizer(stages), with_ema=config.ema_decay > 0, pool=pool)
+    if config.trainable == "lora":
+        key = rng.stream(config.seed, "init", 0)
+        params = lora.init(key, shapes.teacher, config.lora.rank, config.lora.targets)
+    else:
+        params = cast(Params, teacher)
+    n, height, width, channels = shapes.latents.shape
+    pool, rivals = None, {}
+    for stage in stages:
+        if stage.config.states == "streaming":
+            pool = empty_pool(n, (height, width, channels))
+        key = rng.stream(config.seed, "rivals", 0)
+        rivals |= create_rivals(Setting(apply, schedule, stage.config), key, params, shapes)
+    return create(params, stage_optimizer(stages), with_ema=config.ema_decay > 0, pool=pool, rivals=rivals)
 
 
-def _batch_shapes(config: ConfigDict, conditioning: TextConditioning, latent_shape, mesh: Mesh) -> Batch:
-    n, rows, replicated = config.batch_size, sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
-    latents = jax.ShapeDtypeStruct((n, *latent_shape), jnp.float32, sharding=rows)
+def _batch_shapes(config: ConfigDict, conditioning: TextConditioning, latents, replicated: NamedSharding) -> Batch:
+    def row(dtype) -> Any:
+        return jax.ShapeDtypeStruct((config.batch_size,), dtype, sharding=latents.sharding)
+
+    one: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     return Batch(
         conditioning=conditioning,
-        jumps=jax.ShapeDtypeStruct((n,), jnp.int32, sharding=rows),
-        num_segments=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
-        guidance_scale=jax.ShapeDtypeStruct((n,), jnp.float32, sharding=rows),
+        jumps=row(jnp.int32),
+        num_segments=one,
+        guidance_scale=row(jnp.float32),
         latents=latents if config.states == "data" else None,
     )
 

@@ -24,6 +24,9 @@ CHANGEABLE = (
     "target",
     "target_network",
     "distance",
+    "consistency_weight",
+    "distribution_matching.weight",
+    "adversarial.weight",
     "optim.learning_rate",
 )
 # What a compiled step takes as an argument: stages that differ only in these share one program.

@@ -5,8 +5,18 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
+from ml_collections import ConfigDict
 
+from mlcm_jax.models import lora
 from mlcm_jax.types import Params, Pool
+
+
+@flax.struct.dataclass
+class Rival:
+    """A network that is trained against the student (train.terms): its weights, float32, and its optimizer's state."""
+
+    params: Params
+    opt_state: optax.OptState
 
 
 @flax.struct.dataclass
@@ -14,7 +24,7 @@ class TrainState:
     """step: number of finished updates. params: the trainable tree (all weights, or LoRA factors), float32.
 
     ema: moving average of params, or None where the run keeps none. pool: live trajectories, or None where the states
-    come from elsewhere.
+    come from elsewhere. rivals: networks that are trained against the student, by the name of their loss.
     """
 
     step: Int[Array, ""]
@@ -22,6 +32,7 @@ class TrainState:
     opt_state: optax.OptState
     ema: Params | None = None
     pool: Pool | None = None
+    rivals: dict[str, Rival] = flax.struct.field(default_factory=dict)
 
     @property
     def trained(self) -> Params:
@@ -29,9 +40,21 @@ class TrainState:
         return self.params if self.ema is None else self.ema
 
 
+def student_variables(params: Params, teacher: Params, config: ConfigDict) -> Params:
+    """The student's variables: its own weights, or the teacher's with the trained low-rank factors beside them."""
+    if config.trainable == "full":
+        return {"params": params}
+    return {"params": teacher, "lora": lora.scaled(params, config.lora.alpha, config.lora.rank)}
+
+
 def create(
-    params: Params, optimizer: optax.GradientTransformation, *, with_ema: bool = False, pool: Pool | None = None
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    *,
+    with_ema: bool = False,
+    pool: Pool | None = None,
+    rivals: dict[str, Rival] | None = None,
 ) -> TrainState:
     """A state at step 0; the moving average starts as a copy of the parameters."""
     ema = jax.tree.map(jnp.copy, params) if with_ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, pool)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, pool, rivals or {})

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import flax.struct
 import jax
@@ -17,14 +17,12 @@ from mlcm_jax.diffusion.schedule import Schedule
 from mlcm_jax.distill.consistency import JUMPS
 from mlcm_jax.distill.losses import DISTANCES
 from mlcm_jax.distill.states import SOURCES, Rows, Source
-from mlcm_jax.models import lora
 from mlcm_jax.train import rng
 from mlcm_jax.train.optim import update_ema
-from mlcm_jax.train.state import TrainState
+from mlcm_jax.train.state import TrainState, student_variables
+from mlcm_jax.train.terms import Apply, Inputs, Setting, active_terms, train_rival
 from mlcm_jax.types import Batch, Latents, Params, TextConditioning
 
-# (variables, latents, timesteps, conditioning) -> the network's own prediction
-Apply = Callable[..., Any]
 StepFn = Callable[[TrainState, "Frozen", Batch], tuple[TrainState, dict[str, Array]]]
 
 
@@ -34,13 +32,6 @@ class Frozen:
 
     teacher: Params
     unconditional: TextConditioning
-
-
-def student_variables(params: Params, teacher: Params, config: ConfigDict) -> Params:
-    """The student's variables: its own weights, or the teacher's with the trained low-rank factors beside them."""
-    if config.trainable == "full":
-        return {"params": params}
-    return {"params": teacher, "lora": lora.scaled(params, config.lora.alpha, config.lora.rank)}
 
 
 def make_train_step(
@@ -53,9 +44,11 @@ def make_train_step(
 ) -> StepFn:
     """The update (state, frozen, batch) -> (state, metrics) of one stage.
 
-    latent_shape: height, width and channels of the latents. constrain: puts the sharding of the batch on latents.
+    apply: (variables, latents, timesteps, conditioning) -> the denoiser's own prediction. latent_shape: height, width
+    and channels of the latents. constrain: puts the sharding of the batch on latents.
     """
     draw_states, jump, distance = SOURCES[config.states], JUMPS[config.target], DISTANCES[config.distance]
+    terms = active_terms(Setting(apply, schedule, config))
 
     def train_step(state: TrainState, frozen: Frozen, batch: Batch):
         n, conditioning = batch.jumps.shape[0], batch.conditioning
@@ -74,20 +67,35 @@ def make_train_step(
         key = rng.stream(config.seed, "timesteps", state.step)
         source = Source(schedule, config, teacher_x0, partial(student_x0, state.params), key)
         rows = Rows(batch.jumps, batch.num_segments, constrain(noise), batch.latents)
-        (z_m, t_m, z_n, t_n, edge), pool = draw_states(source, rows, state.pool)
+        (z_m, t_m, z_n, t_n, edge, clean), pool = draw_states(source, rows, state.pool)
 
         target_params = state.params if config.target_network == "student" else state.ema
-        target = jump(partial(student_x0, target_params), schedule, z_n, t_n, edge)
+        target = jump(schedule, z_n, student_x0(target_params, z_n, t_n), t_n, edge)
+
+        def seen(x0, name):
+            key = rng.stream(config.seed, name, state.step)
+            return Inputs(x0, clean, conditioning, frozen.teacher, teacher_x0, key)
 
         def loss_fn(params):
-            prediction = jump(partial(student_x0, params), schedule, z_m, t_m, edge)
-            return distance(prediction, jax.lax.stop_gradient(target)).mean()
+            x0 = student_x0(params, z_m, t_m)
+            prediction = jump(schedule, z_m, x0, t_m, edge)
+            losses = {"consistency": distance(prediction, jax.lax.stop_gradient(target)).mean()}
+            loss = config.consistency_weight * losses["consistency"]
+            for name, term in terms.items():
+                losses[name] = term.loss(state.rivals[name].params, seen(x0, name))
+                loss += config[name].weight * losses[name]
+            return loss, (losses, x0)
 
-        loss, grads = jax.value_and_grad(loss_fn)(state.params)
+        (loss, (losses, x0)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = cast(Params, optax.apply_updates(state.params, updates))
         ema = None if state.ema is None else update_ema(state.ema, params, config.ema_decay)
+
+        rivals = dict(state.rivals)
+        for name, term in terms.items():
+            inputs = seen(jax.lax.stop_gradient(x0), f"{name}_rival")
+            rivals[name], losses[f"{name}_rival"] = train_rival(term, rivals[name], inputs, config, name)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "num_segments": batch.num_segments}
-        return TrainState(state.step + 1, params, opt_state, ema, pool), metrics
+        return TrainState(state.step + 1, params, opt_state, ema, pool, rivals), metrics | losses
 
     return train_step

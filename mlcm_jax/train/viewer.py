@@ -14,8 +14,7 @@ from mlcm_jax.hub.save import write_json
 from mlcm_jax.images import image_grid
 from mlcm_jax.pictures import labelled_grid, plot_closeness
 from mlcm_jax.train.program import Program
-from mlcm_jax.train.state import TrainState
-from mlcm_jax.train.step import student_variables
+from mlcm_jax.train.state import TrainState, student_variables
 
 
 class Viewer:

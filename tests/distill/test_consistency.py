@@ -49,10 +49,10 @@ def consistency_loss(z, t_m, skip, edge):
     """The loss of the true solution with the teacher's DDIM step from t_m."""
     t_n = short_step(t_m, skip, edge)
     z_n = ddim_step(SCHEDULE, z, TEACHER.x0(z, t_m), t_m, t_n)
-    jump = jump_to_edge(solution_x0(edge), SCHEDULE, z, t_m, edge)
+    jump = jump_to_edge(SCHEDULE, z, solution_x0(edge)(z, t_m), t_m, edge)
     # at t_n = edge the implied x0 is 0 / 0: no network says that, so the target is the boundary condition itself
     inside = jnp.maximum(t_n, edge + 1)
-    target = jump_to_edge(solution_x0(edge), SCHEDULE, z_n, inside, edge)
+    target = jump_to_edge(SCHEDULE, z_n, solution_x0(edge)(z_n, inside), inside, edge)
     return l2(jump, jnp.where((t_n == edge)[:, None, None, None], z_n, target))
 
 
@@ -65,20 +65,20 @@ def test_at_the_edge_the_jump_is_the_identity_to_the_bit(seed, segment, predicti
     def predict(z, t):
         return jnp.full_like(z, prediction)
 
-    jumped = np.asarray(jump_to_edge(predict, SCHEDULE, z, t, edge))
+    jumped = np.asarray(jump_to_edge(SCHEDULE, z, predict(z, t), t, edge))
     np.testing.assert_array_equal(jumped[::2].view(np.uint32), np.asarray(z)[::2].view(np.uint32))
 
 
 def test_at_the_edge_not_even_nan_gets_through():
     z, _, edge = states(0, 1)
-    jumped = jump_to_edge(lambda z, t: jnp.full_like(z, jnp.nan), SCHEDULE, z, edge, edge)
+    jumped = jump_to_edge(SCHEDULE, z, jnp.full_like(z, jnp.nan), edge, edge)
     np.testing.assert_array_equal(jumped, z)
 
 
 @pytest.mark.parametrize("segment", range(NUM_SEGMENTS))
 def test_the_true_solution_jumps_along_the_flow(segment):
     z, t, edge = states(1, segment)
-    jumped = jump_to_edge(solution_x0(edge), SCHEDULE, z, t, edge)
+    jumped = jump_to_edge(SCHEDULE, z, solution_x0(edge)(z, t), t, edge)
     np.testing.assert_allclose(jumped, TEACHER.flow(z, t, edge), rtol=1e-4, atol=1e-4)
 
 
@@ -103,5 +103,5 @@ def test_a_wrong_function_has_a_loss():
     def wrong(z, t):
         return 1.5 * TEACHER.x0(z, t)
 
-    losses = l2(jump_to_edge(wrong, SCHEDULE, z, t, edge), jump_to_edge(wrong, SCHEDULE, z_n, t_n, edge))
+    losses = l2(*(jump_to_edge(SCHEDULE, y, wrong(y, u), u, edge) for y, u in ((z, t), (z_n, t_n))))
     assert float(losses.max()) > 10 * float(consistency_loss(z, t, 20, edge).max())

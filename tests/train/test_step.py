@@ -8,37 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_runs import SCHEDULE, random_like, settings
 
-from mlcm_jax.config import base
-from mlcm_jax.diffusion.schedule import Schedule
 from mlcm_jax.distill.segments import draw_timesteps, segment_edges
 from mlcm_jax.distill.states import empty_pool
-from mlcm_jax.hub.pipeline import Network, network_shapes, read_architecture
-from mlcm_jax.models.unet import UNet2DConditionModel
 from mlcm_jax.train import rng
 from mlcm_jax.train.agenda import rows_at
 from mlcm_jax.train.optim import update_ema
 from mlcm_jax.train.program import build_program
-from mlcm_jax.train.state import create
-from mlcm_jax.train.step import Frozen, make_train_step, student_variables
+from mlcm_jax.train.state import create, student_variables
+from mlcm_jax.train.step import Frozen, make_train_step
 from mlcm_jax.types import Batch, TextConditioning
 
 LATENT_SHAPE = (4, 4, 2)
-SCHEDULE = Schedule.from_config(
-    {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-)
-
-
-def settings(**values):
-    config = base()
-    config.update({"num_segments": 4, "batch_size": 8, "guidance_scale": 3.0, "compute_dtype": "float32"})
-    config.update({"frozen_dtype": "float32", "remat": False, "num_steps": 10})
-    # a large eps keeps Adam's first updates smooth in the gradient: rounding must not flip a sign
-    config.optim.update({"learning_rate": 1e-3, "warmup_steps": 0, "eps": 1e-3})
-    config.update(values)
-    return config
-
-
 # --- a small network, so that the method can be written down again in a few lines
 
 
@@ -203,46 +185,7 @@ def test_update_ema():
 
 # --- the real network on one device and on meshes of them
 
-UNET = {
-    "_class_name": "UNet2DConditionModel",
-    "block_out_channels": [64],
-    "layers_per_block": 1,
-    "down_block_types": ["CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D"],
-    "attention_head_dim": [4],
-    "norm_num_groups": 8,
-    "sample_size": 8,
-    "use_linear_projection": True,
-    "transformer_layers_per_block": [1],
-    "cross_attention_dim": 64,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 80,
-}
 MESHES = {1: (1, 1, 1), 4: (2, 2, 1), 8: (2, 2, 2)}
-
-
-@pytest.fixture
-def quick_compiles():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture(scope="module")
-def architecture(sdxl_folder):
-    """The tiny pipeline around a UNet of one level, in shapes only."""
-    module = UNet2DConditionModel.from_config(UNET)
-    return dataclasses.replace(read_architecture(sdxl_folder), unet=Network(module, network_shapes(module, UNET), UNET))
-
-
-def random_like(tree, seed, scale):
-    """Values that do not depend on the placement; vectors near 1, so that norms let signals through."""
-    rows, generator = jax.tree.leaves(tree), np.random.default_rng(seed)
-    values = [(a.ndim == 1) * 0.5 + scale * generator.standard_normal(a.shape, np.float32) for a in rows]
-    placed = [jax.device_put(np.asarray(v, a.dtype), a.sharding) for v, a in zip(values, rows, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(tree), placed)
 
 
 def run_steps(architecture, config, num_devices, num_steps):

@@ -1,0 +1,43 @@
+"""Heads that tell real from drawn latents by a frozen denoiser's features (as in arXiv 2311.17042, 2403.12015)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mlcm_jax.models.layers import Conv, GroupNorm
+
+Feature = Float[Array, "n h w c"]
+
+
+class DiscriminatorHeads(nn.Module):
+    """A small convolutional head on each feature: a map of logits, positive for real."""
+
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: Mapping[str, Feature]) -> list[Float[Array, "n h w 1"]]:
+        return [self._head(name, feature) for name, feature in features.items()]
+
+    def _head(self, name: str, feature: Feature) -> Float[Array, "n h w 1"]:
+        x = Conv(self.width, dtype=self.dtype, name=f"{name}_in")(feature)
+        x = GroupNorm(min(32, self.width // 2), 1e-5, dtype=self.dtype, name=f"{name}_norm")(x)
+        logits = Conv(1, kernel_size=1, padding=0, dtype=self.dtype, name=f"{name}_out")(jax.nn.silu(x))
+        return logits.astype(jnp.float32)
+
+
+def block_features(intermediates: Mapping[str, Any]) -> dict[str, Feature]:
+    """What a UNet's encoder and middle blocks returned, from flax's captured intermediates, in the network's order."""
+    blocks = [*sorted(name for name in intermediates if name.startswith("down_blocks")), "mid_block"]
+    outputs = {name: intermediates[name]["__call__"][0] for name in blocks}
+    return {name: output[0] if isinstance(output, tuple) else output for name, output in outputs.items()}
+
+
+def is_encoder_block(module: nn.Module, method: str) -> bool:
+    """Filter for flax's capture_intermediates: the calls whose outputs ``block_features`` takes."""
+    name = module.name or ""
+    return method == "__call__" and (name == "mid_block" or name.startswith("down_blocks_")) and len(module.path) == 1

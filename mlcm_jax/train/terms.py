@@ -1,0 +1,171 @@
+"""Losses beside the consistency loss, each with a weight in the configuration and, where it needs one, a network that
+is trained against the student. They see the student's clean latents x0 and need no image.
+
+distribution_matching: DMD (arXiv 2311.18828). adversarial: a discriminator on the frozen teacher's features.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Key
+from ml_collections import ConfigDict
+
+from mlcm_jax.diffusion.parameterization import add_noise, predict_x0_eps
+from mlcm_jax.diffusion.schedule import Schedule
+from mlcm_jax.distill import adversarial, matching
+from mlcm_jax.distill.trajectory import PredictX0
+from mlcm_jax.models.discriminator import DiscriminatorHeads, block_features, is_encoder_block
+from mlcm_jax.train.state import Rival, student_variables
+from mlcm_jax.types import Latents, Params, TextConditioning
+
+# the denoiser's own prediction: (variables, latents, timesteps, conditioning, **flax's options)
+Apply = Callable[..., Any]
+
+
+class Inputs(NamedTuple):
+    """What a term sees. x0: the student's clean latents. clean: what a multistep sample or the data has in their place,
+    None where states come from trajectories. teacher_x0: guided."""
+
+    x0: Latents
+    clean: Latents | None
+    conditioning: TextConditioning
+    teacher: Params
+    teacher_x0: PredictX0
+    key: Key[Array, ""]
+
+
+class Shapes(NamedTuple):
+    """ShapeDtypeStructs of the teacher's weights and of a batch."""
+
+    teacher: Params
+    conditioning: TextConditioning
+    latents: jax.ShapeDtypeStruct
+
+
+class Term(Protocol):
+    """A loss on the student; one with a rival also says how the rival starts and what it learns."""
+
+    def loss(self, rival: Params, inputs: Inputs) -> Float[Array, ""]:
+        """What the student minimises, before the weight."""
+        ...
+
+    def init_rival(self, key: Key[Array, ""], student: Params, shapes: "Shapes") -> Params:
+        """The rival's weights at the start, float32."""
+        ...
+
+    def rival_loss(self, rival: Params, inputs: Inputs) -> Float[Array, ""]:
+        """What the rival minimises; x0 has no gradient."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What terms are made of."""
+
+    apply: Apply
+    schedule: Schedule
+    config: ConfigDict
+
+    def renoise(self, inputs: Inputs, latents: Latents) -> tuple[Latents, Latents, Array]:
+        """Latents noised to random timesteps, the noise and the timesteps: the same for every call with a key."""
+        time_key, noise_key = jax.random.split(inputs.key)
+        t = jax.random.randint(time_key, (len(latents),), matching.LOWEST, matching.HIGHEST + 1)
+        noise = jax.random.normal(noise_key, latents.shape)
+        return add_noise(self.schedule, latents, noise, t), noise, t
+
+
+class DistributionMatching(Setting):
+    """The rival is a fake score: a denoiser, the teacher at first, that learns what the student draws."""
+
+    def init_rival(self, key, student, shapes):
+        return jax.tree.map(jnp.copy, student)  # the student starts as the teacher; a LoRA as one that changes nothing
+
+    def _output(self, rival, inputs, z, t):
+        variables = student_variables(rival, inputs.teacher, self.config)
+        return self.apply(variables, z, t, inputs.conditioning)
+
+    def loss(self, rival, inputs):
+        z, _, t = self.renoise(inputs, inputs.x0)
+        z = jax.lax.stop_gradient(z)
+        fake = predict_x0_eps(self.schedule, self._output(rival, inputs, z, t), z, t).x0
+        return matching.matching_loss(inputs.x0, inputs.teacher_x0(z, t), fake).mean()
+
+    def rival_loss(self, rival, inputs):
+        z, noise, t = self.renoise(inputs, inputs.x0)
+        output = self._output(rival, inputs, z, t)
+        return matching.fake_score_loss(self.schedule, output, inputs.x0, noise, t).mean()
+
+
+class Adversarial(Setting):
+    """The rival is a set of heads on the frozen teacher's features of renoised latents."""
+
+    @property
+    def heads(self) -> DiscriminatorHeads:
+        return DiscriminatorHeads(self.config.adversarial.width)
+
+    def init_rival(self, key, student, shapes):
+        t = jax.ShapeDtypeStruct(shapes.latents.shape[:1], jnp.int32)
+        features = jax.eval_shape(self._features, shapes.teacher, shapes.latents, t, shapes.conditioning)
+        zeros = jax.tree.map(lambda a: jnp.zeros((1, *a.shape[1:]), a.dtype), features)
+        return self.heads.init(key, zeros)["params"]
+
+    def _features(self, teacher, z, t, conditioning):
+        """Outputs of the encoder's and the middle blocks; the decoder's work is never run."""
+        variables = {"params": teacher}
+        _, captured = self.apply(
+            variables, z, t, conditioning, capture_intermediates=is_encoder_block, mutable=["intermediates"]
+        )
+        return block_features(captured["intermediates"])
+
+    def _logits(self, rival, inputs, latents):
+        z, _, t = self.renoise(inputs, latents)
+        features = self._features(inputs.teacher, z, t, inputs.conditioning)
+        return cast(list[Array], self.heads.apply({"params": rival}, features))
+
+    def loss(self, rival, inputs):
+        return adversarial.generator_loss(self._logits(rival, inputs, inputs.x0))
+
+    def rival_loss(self, rival, inputs):
+        real, fake = (self._logits(rival, inputs, latents) for latents in (inputs.clean, inputs.x0))
+        return adversarial.discriminator_loss(real, fake)
+
+
+TERMS: dict[str, type[Setting]] = {"distribution_matching": DistributionMatching, "adversarial": Adversarial}
+
+
+def active_terms(setting: Setting) -> dict[str, Term]:
+    """The terms whose weight is above 0 in the configuration of a stage."""
+    return {name: cast(Term, term(**vars(setting))) for name, term in TERMS.items() if setting.config[name].weight > 0}
+
+
+def rival_optimizer(config: ConfigDict, name: str) -> optax.GradientTransformation:
+    """Adam without momentum, as is usual for rivals, after clipping by global norm."""
+    rate, eps = config[name].learning_rate, config.optim.eps
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b1=0.0, b2=0.99, eps=eps))
+
+
+def create_rivals(setting: Setting, key: Key[Array, ""], student: Params, shapes: Shapes) -> dict[str, Rival]:
+    """The rivals of a stage's terms at their start. student: the trained weights at step 0."""
+    rivals = {}
+    for name, term in active_terms(setting).items():
+        params = term.init_rival(key, student, shapes)
+        rivals[name] = Rival(params, rival_optimizer(setting.config, name).init(params))
+    return rivals
+
+
+def train_rival(term: Term, rival: Rival, inputs: Inputs, config: ConfigDict, name: str) -> tuple[Rival, Array]:
+    """``updates`` updates of a rival on the student's latents, each with other noise; returns its last loss."""
+    optimizer = rival_optimizer(config, name)
+
+    def update(i, carry):
+        rival, _ = carry
+        seen = inputs._replace(key=jax.random.fold_in(inputs.key, i))
+        loss, grads = jax.value_and_grad(term.rival_loss)(rival.params, seen)
+        updates, opt_state = optimizer.update(grads, rival.opt_state, rival.params)
+        return Rival(cast(Params, optax.apply_updates(rival.params, updates)), opt_state), loss
+
+    return jax.lax.fori_loop(0, config[name].updates, update, (rival, jnp.float32(0)))

@@ -1,0 +1,124 @@
+"""The losses beside the consistency loss: their gradients, their rivals, and a whole step with all of them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from analytic import GaussianTeacher
+from small_runs import SCHEDULE, random_like, settings
+
+from mlcm_jax.config import validate
+from mlcm_jax.diffusion.parameterization import add_noise
+from mlcm_jax.distill.adversarial import discriminator_loss, generator_loss
+from mlcm_jax.distill.matching import fake_score_loss, matching_loss
+from mlcm_jax.errors import UserError
+from mlcm_jax.train.agenda import rows_at
+from mlcm_jax.train.program import build_program
+from mlcm_jax.train.step import Frozen
+
+
+def noised(key, x0, n=4096):
+    noise_key, time_key = jax.random.split(jax.random.key(key))
+    t = jax.random.randint(time_key, (n,), 20, 981)
+    noise = jax.random.normal(noise_key, (n, 1, 1, 1))
+    return add_noise(SCHEDULE, jnp.broadcast_to(x0, noise.shape), noise, t), noise, t
+
+
+def test_matching_moves_the_student_to_the_teachers_distribution():
+    """Gaussians: the student shifts its samples; with exact scores it ends at the teacher's mean and spread."""
+    teacher = GaussianTeacher(SCHEDULE, mean=0.8, std=0.5)
+    base = jax.random.normal(jax.random.key(0), (4096, 1, 1, 1))
+
+    def loss(params, key):
+        x0 = params["mean"] + params["std"] * base
+        fake = GaussianTeacher(SCHEDULE, *jax.lax.stop_gradient((params["mean"], params["std"])))
+        z, _, t = noised(key, x0)
+        z = jax.lax.stop_gradient(z)
+        return matching_loss(x0, teacher.x0(z, t), fake.x0(z, t)).mean()
+
+    params = {"mean": jnp.float32(-1.0), "std": jnp.float32(0.1)}
+    optimizer = optax.adam(0.02)
+    state = optimizer.init(params)
+
+    @jax.jit
+    def update(params, state, key):
+        updates, state = optimizer.update(jax.grad(loss)(params, key), state)
+        return optax.apply_updates(params, updates), state
+
+    for key in range(300):
+        params, state = update(params, state, key)
+    np.testing.assert_allclose([params["mean"], params["std"]], [0.8, 0.5], atol=0.05)
+
+
+def test_matching_gradient_is_the_normalised_difference_of_the_scores():
+    x0, real, fake = jax.random.normal(jax.random.key(0), (3, 2, 4, 4, 3))
+    gradient = jax.grad(lambda x: matching_loss(x, real, fake).sum())(x0)
+    size = np.abs(x0 - real).mean(axis=(1, 2, 3), keepdims=True)
+    np.testing.assert_allclose(gradient * 48, (fake - real) / size, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_a_perfect_denoiser_has_no_fake_score_loss(prediction_type):
+    schedule = dataclasses.replace(SCHEDULE, prediction_type=prediction_type)
+    point = GaussianTeacher(schedule, mean=0.3, std=0.0)  # all data in one place: every noising can be undone
+    z, noise, t = noised(1, jnp.float32(0.3), 64)
+    x0 = jnp.full_like(noise, 0.3)
+    assert float(fake_score_loss(schedule, point.output(z, t), x0, noise, t).max()) < 1e-5
+    wrong = point.output(z, t) + 0.1
+    np.testing.assert_allclose(fake_score_loss(schedule, wrong, x0, noise, t), 0.01, rtol=0.05)
+
+
+def test_hinge_losses():
+    real, fake = [jnp.array([[2.0], [0.5]]), jnp.array([[-1.0], [3.0]])], [jnp.array([[-3.0], [0.0]])] * 2
+    assert float(discriminator_loss(real, fake)) == pytest.approx(np.mean([0.25 + 0.5, 1.0 + 0.5]))
+    assert float(generator_loss(fake)) == pytest.approx(1.5)
+
+
+@pytest.mark.usefixtures("quick_compiles")
+@pytest.mark.parametrize("trainable", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+def test_a_step_with_all_terms_trains_student_and_rivals(architecture, trainable):
+    config = settings(num_segments=2, states="student", student_steps=2, target="x0", trainable=trainable, batch_size=4)
+    config.lora.update({"rank": 4, "alpha": 8.0, "targets": (r"/to_(q|k|v|out_0)$",)})
+    config.distribution_matching.update({"weight": 0.5, "updates": 2, "learning_rate": 1e-3})
+    config.adversarial.update({"weight": 0.1, "width": 8})
+    config.optim.clip_norm = 1e6
+    program = build_program(config, architecture, jax.devices()[:1])
+    (stage,) = program.stages
+    frozen = Frozen(random_like(program.frozen.teacher, 0, 0.1), random_like(program.frozen.unconditional, 1, 1.0))
+    state = program.init_state(None if trainable == "lora" else random_like(program.frozen.teacher, 0, 0.1))
+    batch = stage.batch.replace(
+        conditioning=random_like(stage.batch.conditioning, 2, 1.0),
+        num_segments=jnp.int32(2),
+        guidance_scale=jnp.full(4, 3.0),
+        jumps=jnp.asarray(rows_at((stage.stage,), 0).jumps, jnp.int32),
+    )
+    before = jax.device_get(state)
+    state, metrics = stage.step(state, frozen, batch)
+    for name in ("consistency", "distribution_matching", "adversarial"):
+        assert np.isfinite(metrics[name]), name
+    weighted = metrics["consistency"] + 0.5 * metrics["distribution_matching"] + 0.1 * metrics["adversarial"]
+    np.testing.assert_allclose(metrics["loss"], weighted, rtol=1e-5)
+    assert set(state.rivals) == {"distribution_matching", "adversarial"}
+    fake = state.rivals["distribution_matching"].params
+    assert jax.tree.structure(fake) == jax.tree.structure(state.params), "the fake score is trained as the student is"
+    for was, now in (
+        (before.params, state.params),
+        *((before.rivals[n].params, r.params) for n, r in state.rivals.items()),
+    ):
+        moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), was, jax.device_get(now))
+        assert max(jax.tree.leaves(moved)) > 1e-6
+    first = float(metrics["adversarial_rival"])
+    for _ in range(5):
+        state, metrics = stage.step(dataclasses.replace(state, step=jnp.int32(0)), frozen, batch)
+    assert float(metrics["adversarial_rival"]) < first, "at fixed draws the heads learn to tell"
+
+
+def test_a_discriminator_without_clean_latents_is_refused():
+    config = settings(teacher="t", prompts="p", states="streaming")
+    config.sample.prompts = "p"
+    config.adversarial.weight = 0.1
+    with pytest.raises(UserError, match="states='streaming' has none"):
+        validate(config)
