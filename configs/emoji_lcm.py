@@ -1,0 +1,25 @@
+"""Latent consistency distillation (LCM, arXiv 2310.04378) of the emoji teacher: the baseline, from the same program.
+
+    python launch/encode.py --model=examples/emoji/teacher --prompts=examples/emoji/prompts/train.txt \
+        --guidance_scale=5 --out=runs/emoji_latents.safetensors
+    python launch/train.py --config=configs/emoji_lcm.py --workdir=runs/emoji_lcm
+
+One segment, noised latents in place of trajectories, x0 as the target, a moving average that makes it, pseudo-Huber.
+The latents are the teacher's own pictures; --images=... encodes others. Budget and optimizer are configs/emoji.py's.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.emoji import get_config as emoji_config
+
+
+def get_config() -> ConfigDict:
+    config = emoji_config()
+    config.latents = "runs/emoji_latents.safetensors"
+    config.states = "data"
+    config.num_segments = 1
+    config.target = "x0"
+    config.target_network = "ema"
+    config.ema_decay = 0.95
+    config.distance = "pseudo_huber"
+    return config
