@@ -16,7 +16,7 @@ from mlcm_jax.cli import run_main
 from mlcm_jax.conditioning import encode_prompts, unconditional
 from mlcm_jax.diffusion.samplers import step_table
 from mlcm_jax.errors import UserError
-from mlcm_jax.generate import decode, draw_noise, sample_latents
+from mlcm_jax.generate import decode, default_guidance_scale, draw_noise, sample_latents
 from mlcm_jax.hub.pipeline import Pipeline, load_pipeline
 from mlcm_jax.hub.text import with_text
 from mlcm_jax.images import image_grid
@@ -32,8 +32,6 @@ LATENTS = flags.DEFINE_string("latents", None, "Initial noise, .npy, float32 [N,
 SAVE_LATENTS = flags.DEFINE_string("save_latents", None, "Where to write the initial noise, .npy.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the UNet's and text encoders' arithmetic.")
 OUT = flags.DEFINE_string("out", "sample.png", "The picture.")
-
-DISTILLED = ("TCDScheduler", "LCMScheduler")
 
 
 def initial_noise(pipeline: Pipeline, num_prompts: int) -> jax.Array:
@@ -73,7 +71,7 @@ def main():
         np.save(SAVE_LATENTS.value, np.asarray(noise).transpose(0, 3, 1, 2))
     image_size = height * 2 ** (len(pipeline.vae.config["block_out_channels"]) - 1)
     prompts = PROMPT.value if len(PROMPT.value) == n else PROMPT.value * n
-    default_scale = 1.0 if pipeline.scheduler_config["_class_name"] in DISTILLED else 5.0
+    default_scale = default_guidance_scale(pipeline.scheduler_config)
     latents = sample_latents(
         pipeline.unet,
         pipeline.scheduler_config,

@@ -12,9 +12,16 @@ from jaxtyping import Array, Float, UInt8
 from mlcm_jax.diffusion.guidance import guided_predict
 from mlcm_jax.diffusion.samplers import step_table
 from mlcm_jax.hub.pipeline import Network
-from mlcm_jax.images import to_uint8
+from mlcm_jax.images import to_float, to_uint8
 from mlcm_jax.sampling import noise_rng, walk
 from mlcm_jax.types import Latents, Params, TextConditioning
+
+DISTILLED = ("TCDScheduler", "LCMScheduler")
+
+
+def default_guidance_scale(scheduler_config: dict[str, Any]) -> float:
+    """1 (none) for the schedulers of distilled models, which have their guidance within; 5 for others."""
+    return 1.0 if scheduler_config["_class_name"] in DISTILLED else 5.0
 
 
 @partial(jax.jit, static_argnames=("module", "prediction_type"))
@@ -62,6 +69,16 @@ def decode(vae: Network, latents: Latents) -> UInt8[np.ndarray, "n H W 3"]:
     """Images of scaled latents, one at a time: a decoder's activations are large."""
     unscaled = latents / vae.config["scaling_factor"]
     return np.concatenate([to_uint8(_decode(vae.module, vae.params, row[None])) for row in unscaled])
+
+
+@partial(jax.jit, static_argnames=("module",))
+def _encode(module, params, images):
+    return module.apply({"params": params}, images, method="encode")[0]
+
+
+def encode(vae: Network, images: UInt8[np.ndarray, "n H W 3"]) -> Float[np.ndarray, "n h w c"]:
+    """Scaled latents (the means of the encoder's distributions), float32; compiled once for each batch size."""
+    return np.asarray(_encode(vae.module, vae.params, to_float(images)), np.float32) * vae.config["scaling_factor"]
 
 
 def draw_noise(seed: int, n: int, latent_shape: Sequence[int]) -> Latents:

@@ -53,12 +53,35 @@ def plot_closeness(panels: Mapping[str, Mapping[str, Mapping[int, float]]], path
 
     panels: name of the distance -> who drew ("student", "teacher") -> number of steps -> value.
     """
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4), layout="constrained", squeeze=False)
-    for axes, (distance, curves) in zip(all_axes[0], panels.items(), strict=True):
-        for (label, values), style in zip(curves.items(), ("o-", "s--"), strict=True):
-            axes.plot(list(values), list(values.values()), style, label=label)
+    exact = {
+        panel: {who: {n: (value, value, value) for n, value in values.items()} for who, values in curves.items()}
+        for panel, curves in panels.items()
+    }
+    plot_against_steps(exact, path)
+
+
+def plot_against_steps(
+    panels: Mapping[str, Mapping[str, Mapping[int, tuple[float, float, float]]]], path: Path
+) -> None:
+    """Figures against the number of sampling steps, a panel each, four panels a row.
+
+    panels: name of the figure -> who drew -> number of steps -> value and both ends of its interval.
+    """
+    columns = min(len(panels), 4)
+    rows, size = -(-len(panels) // columns), (6 if len(panels) < 4 else 4.2)
+    figure, all_axes = plt.subplots(
+        rows, columns, figsize=(size * columns, 4 * rows), layout="constrained", squeeze=False
+    )
+    for axes in all_axes.flat[len(panels) :]:
+        axes.remove()
+    for axes, (name, curves) in zip(all_axes.flat, panels.items(), strict=False):
+        for (label, values), style in zip(curves.items(), ("o-", "s--"), strict=False):
+            value, low, high = np.array(list(values.values())).T
+            errors = np.maximum([value - low, high - value], 0)
+            axes.errorbar(list(values), value, errors, fmt=style, capsize=3, label=label)
         ticks = sorted({n for values in curves.values() for n in values})
-        axes.set(xlabel="sampling steps", ylabel=distance, ylim=(0, None))
+        bottom = min(0, *(low for values in curves.values() for _, low, _ in values.values()))
+        axes.set(xlabel="sampling steps", ylabel=name, ylim=(bottom, None))
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, labels=[str(n) for n in ticks])
         axes.legend()

@@ -1,7 +1,7 @@
 """Image features of a scorer: a folder of transformers' CLIPModel (arXiv 2103.00020)."""
 
 import dataclasses
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,21 @@ def load_scorer(folder: str | Path, *, dtype: Any = jnp.float32) -> Scorer:
     return Scorer(load_network(folder, "CLIPModel", dtype=dtype), Preprocessor.from_folder(folder))
 
 
+# For programs that put one scorer to several uses
+load_scorer_once = lru_cache(maxsize=2)(load_scorer)
+
+
+def tower_pixels(scorer: Scorer, images: UInt8[np.ndarray, "n H W 3"]) -> Float[np.ndarray, "n h w 3"]:
+    """What the image tower takes; raises UserError when the images do not come out at its size."""
+    pixels, side = scorer.preprocessor(images), scorer.network.module.vision.image_size
+    if pixels.shape[1:3] != (side, side):
+        raise UserError(
+            f"The images come out at {pixels.shape[1]} x {pixels.shape[2]} pixels, but the scorer takes {side} x "
+            f"{side}: give square images, or a preprocessor_config.json that crops them."
+        )
+    return pixels
+
+
 @partial(jax.jit, static_argnames=("module",))
 def _encode(module, params, pixels):
     return module.apply({"params": params}, pixels, method="encode_images").astype(jnp.float32)
@@ -44,15 +59,10 @@ def image_features(scorer: Scorer, images: UInt8[np.ndarray, "n H W 3"]) -> Floa
     These are the features of CLIP-FID (arXiv 2203.06026); scale the rows to length one for cosine similarities.
     Raises UserError when the images do not come out at the size that the tower takes.
     """
-    side, features = scorer.network.module.vision.image_size, []
+    features = []
     for start in range(0, len(images), CHUNK):
-        pixels = scorer.preprocessor(images[start : start + CHUNK])
-        n, height, width, _ = pixels.shape
-        if (height, width) != (side, side):
-            raise UserError(
-                f"The images come out at {height} x {width} pixels, but the scorer takes {side} x {side}: give square "
-                "images, or a preprocessor_config.json that crops them."
-            )
-        padded = np.concatenate([pixels, np.zeros((CHUNK - n, side, side, 3), np.float32)])
-        features.append(np.asarray(_encode(scorer.network.module, scorer.network.params, padded))[:n])
+        pixels = tower_pixels(scorer, images[start : start + CHUNK])
+        padded = np.pad(pixels, [(0, CHUNK - len(pixels)), (0, 0), (0, 0), (0, 0)])
+        encoded = _encode(scorer.network.module, scorer.network.params, padded)
+        features.append(np.asarray(encoded)[: len(pixels)])
     return np.concatenate(features)

@@ -7,8 +7,12 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from mlcm_jax.errors import UserError
-from mlcm_jax.evaluation.clip_features import image_features, load_scorer
+from mlcm_jax.evaluation.aesthetic import load_aesthetic
+from mlcm_jax.evaluation.clip_features import image_features, load_scorer_once
 from mlcm_jax.evaluation.clip_score import clip_scores, load_scorer_tokenizer, text_features
+from mlcm_jax.evaluation.hps_v2 import load_hps_v2
+from mlcm_jax.evaluation.image_reward import load_image_reward
+from mlcm_jax.evaluation.pick_score import load_pick_score
 
 Score = Callable[[UInt8[np.ndarray, "n H W 3"], Sequence[str]], Float[np.ndarray, " n"]]
 
@@ -18,7 +22,7 @@ def load_clip_score(folder: str | Path) -> Score:
 
     Raises UserError for an unsupported setting, unfit weights, and a missing tokenizer or preprocessor_config.json.
     """
-    scorer, tokenizer = load_scorer(folder), load_scorer_tokenizer(folder)
+    scorer, tokenizer = load_scorer_once(folder), load_scorer_tokenizer(folder)
 
     def score(images: UInt8[np.ndarray, "n H W 3"], prompts: Sequence[str]) -> Float[np.ndarray, " n"]:
         return clip_scores(image_features(scorer, images), text_features(scorer, tokenizer, prompts))
@@ -28,7 +32,11 @@ def load_clip_score(folder: str | Path) -> Score:
 
 # name: what reads its folder or file. More is better for each of them.
 SCORERS: dict[str, Callable[[str], Score]] = {
+    "aesthetic": load_aesthetic,
     "clip": load_clip_score,
+    "hps_v2": load_hps_v2,
+    "image_reward": load_image_reward,
+    "pick_score": load_pick_score,
 }
 
 

@@ -1,0 +1,67 @@
+"""Judge a pipeline folder: python launch/evaluate.py --model=DIR --baseline=DIR2 --data=PICTURES --out=DIR3.
+
+The same prompts from the same noise, by the model and by the baseline, at each number of steps. Every figure comes with
+a 95 % bootstrap interval; docs/using.md says what each one is. Writes results.json, results.md, metrics.png, grid.png.
+"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from mlcm_jax.cli import run_main, take_defaults
+from mlcm_jax.evaluation.program import Settings, evaluate
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Other defaults of these flags: configs/eval_coco5k.py.")
+MODEL = flags.DEFINE_string("model", None, "Diffusers folder or hub id that is judged.", required=True)
+BASELINE = flags.DEFINE_string("baseline", None, "One to compare with: the teacher.")
+STEPS = flags.DEFINE_list("steps", ["1", "2", "3", "4", "8", "25"], "Numbers of sampling steps, of both.")
+REFERENCE_STEPS = flags.DEFINE_integer("reference_steps", 25, "Steps of the baseline's result that is compared with.")
+GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "Default: 1 (none) for distilled models, 5 for others.")
+BASELINE_GUIDANCE_SCALE = flags.DEFINE_float("baseline_guidance_scale", None, "The baseline's, by the same default.")
+PROMPTS = flags.DEFINE_string("prompts", "examples/emoji/prompts/eval.txt", "Text file, one prompt a line.")
+NUM_IMAGES = flags.DEFINE_integer("num_images", 512, "Prompts that are drawn, the file's first ones.", lower_bound=4)
+DATA = flags.DEFINE_string("data", None, "Real pictures: a folder of files, or an .npy file, uint8 [n, H, W, 3].")
+SCORER = flags.DEFINE_string(
+    "scorer", "examples/emoji/scorer", "CLIPModel folder of CLIP score, perceptual distance and diversity."
+)
+SCORERS = flags.DEFINE_list("scorers", [], "Further scorers, NAME=PLACE,...: see mlcm_jax/evaluation/scorers.py.")
+FEATURES = flags.DEFINE_list(
+    "features", [], "Networks that sets are compared in, NAME=PLACE,... (extractors.py). Default: clip=--scorer."
+)
+DIVERSITY_PROMPTS = flags.DEFINE_integer("diversity_prompts", 32, "Prompts drawn from several seeds.", lower_bound=0)
+DIVERSITY_SEEDS = flags.DEFINE_integer("diversity_seeds", 4, "Seeds for each of them.", lower_bound=2)
+RESAMPLES = flags.DEFINE_integer("resamples", 200, "Of Frechet and kernel distance, for intervals.", lower_bound=2)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial noise.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures that are drawn at a time.", lower_bound=1)
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the UNets' and text encoders' arithmetic.")
+OUT = flags.DEFINE_string("out", "runs/evaluation", "Folder for what is written.")
+
+
+def main():
+    take_defaults(CONFIG.value)
+    settings = Settings(
+        model=MODEL.value,
+        baseline=BASELINE.value,
+        steps=STEPS.value,
+        reference_steps=REFERENCE_STEPS.value,
+        guidance_scale=GUIDANCE_SCALE.value,
+        baseline_guidance_scale=BASELINE_GUIDANCE_SCALE.value,
+        prompts=PROMPTS.value,
+        num_images=NUM_IMAGES.value,
+        data=DATA.value,
+        scorer=SCORER.value,
+        scorers=SCORERS.value,
+        features=FEATURES.value,
+        diversity_prompts=DIVERSITY_PROMPTS.value,
+        diversity_seeds=DIVERSITY_SEEDS.value,
+        resamples=RESAMPLES.value,
+        seed=SEED.value,
+        batch_size=BATCH_SIZE.value,
+        dtype=DTYPE.value,
+    )
+    print(evaluate(settings, Path(OUT.value)), end="")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,149 @@
+"""What an evaluation measures: of each sampler's pictures by themselves, against real ones and the baseline's."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from mlcm_jax.evaluation.bootstrap import counts, interval, mean_replicates, replicates, resampled_rows
+from mlcm_jax.evaluation.clip_features import Scorer
+from mlcm_jax.evaluation.drawing import Drawn
+from mlcm_jax.evaluation.extractors import Extract
+from mlcm_jax.evaluation.frechet import frechet_distance
+from mlcm_jax.evaluation.kid import Kernels
+from mlcm_jax.evaluation.perceptual import perceptual_distance
+from mlcm_jax.evaluation.precision_recall import precision_recall
+from mlcm_jax.evaluation.scorers import Score
+from mlcm_jax.generate import latent_distance
+from mlcm_jax.types import Latents
+
+MEAN_RESAMPLES = 2000
+FeatureSets = Mapping[str, Float[np.ndarray, "n d"]]  # by the extractor's name
+
+
+@dataclasses.dataclass(frozen=True)
+class Judges:
+    """clip: of perceptual distance and diversity. scores, extractors: by name, as many as were asked for."""
+
+    clip: Scorer
+    scores: Mapping[str, Score]
+    extractors: Mapping[str, Extract]
+
+    def features(self, images: UInt8[np.ndarray, "n H W 3"]) -> dict[str, np.ndarray]:
+        """Each extractor's features of pictures."""
+        return {name: extract(images) for name, extract in self.extractors.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """All of the baseline's long result: what the others, from the same noise, are compared with."""
+
+    latents: Latents
+    images: UInt8[np.ndarray, "n H W 3"]
+
+    @classmethod
+    def of(cls, batches: Sequence[Drawn]) -> "Reference":
+        return cls(jnp.concatenate([b.latents for b in batches]), np.concatenate([b.images for b in batches]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What is kept of a sampler's pictures. numbers: by metric, one a picture or batch. examples: the first."""
+
+    numbers: dict[str, Float[np.ndarray, " n"]]
+    features: dict[str, Float[np.ndarray, "n d"]]
+    examples: UInt8[np.ndarray, "k H W 3"]
+
+
+def look(
+    batches: Iterable[Drawn],
+    prompts: Sequence[str],
+    judges: Judges,
+    reference: Reference | None,
+    *,
+    num_examples: int,
+) -> Seen:
+    """Judge pictures batch by batch, so that few are in memory at a time."""
+    numbers, features, examples = [], [], []
+    for drawn in batches:
+        mine = {f"{name}_score": score(drawn.images, prompts[drawn.rows]) for name, score in judges.scores.items()}
+        if reference:
+            mine["latent_mse"] = latent_distance(drawn.latents, reference.latents[drawn.rows])
+            mine["perceptual_distance"] = perceptual_distance(judges.clip, drawn.images, reference.images[drawn.rows])
+        numbers.append(mine | {"seconds_per_image": np.array([drawn.seconds])})
+        features.append(judges.features(drawn.images))
+        examples.append(drawn.images[: max(0, num_examples - drawn.rows.start)])
+    return Seen(joined(numbers), joined(features), np.concatenate(examples))
+
+
+def joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Batches of named arrays as whole ones."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A number, and what it is in resamples of the pictures."""
+
+    value: float
+    replicates: Float[np.ndarray, " b"]
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % bootstrap interval."""
+        return interval(self.value, self.replicates)
+
+    def over(self, other: "Figure") -> "Figure":
+        """The ratio to another sampler's figure, paired: both are resampled alike."""
+        mine, others = (f.replicates - f.replicates.mean() + f.value for f in (self, other))
+        return Figure(self.value / other.value, mine / others)
+
+
+def mean_figure(values: Float[np.ndarray, " n"]) -> Figure:
+    """Mean of one number a picture."""
+    rows = resampled_rows(len(values), MEAN_RESAMPLES)
+    return Figure(float(np.mean(values, dtype=np.float64)), mean_replicates(values, rows))
+
+
+def set_figures(
+    drawn: Float[np.ndarray, "n d"], other: Float[np.ndarray, "m d"], *, paired: bool, num_resamples: int
+) -> dict[str, Figure]:
+    """Figures of two sets of features: Frechet and kernel distance, precision and recall.
+
+    paired: row i of both is of the same prompt and noise, so that they are resampled together. For precision and recall
+    only the pictures that are counted are resampled, not those that they are sought among: repeated rows would shrink
+    the distances to neighbours. num_resamples: of the distances, which take the longest.
+    """
+    stream = 0 if paired else 1
+    rows, other_rows = (
+        resampled_rows(len(drawn), num_resamples),
+        resampled_rows(len(other), num_resamples, stream=stream),
+    )
+    kernels = Kernels.of(drawn, other, paired=paired)
+
+    def frechet(chosen, others):
+        return frechet_distance(drawn[chosen], other[others])
+
+    covered = precision_recall(drawn, other)
+    recalled = resampled_rows(len(other), MEAN_RESAMPLES, stream=stream)
+    return {
+        "frechet_distance": Figure(frechet_distance(drawn, other), replicates(frechet, rows, other_rows)),
+        "kernel_distance": Figure(float(kernels.distance()), kernels.distance(counts(rows), counts(other_rows))),
+        "precision": mean_figure(covered.precise),
+        "recall": Figure(float(covered.recalled.mean()), mean_replicates(covered.recalled, recalled)),
+    }
+
+
+def figures(
+    seen: Seen, data: FeatureSets | None, baseline: FeatureSets | None, *, num_resamples: int
+) -> dict[str, Figure]:
+    """All figures of a sampler; those of sets are named METRIC/EXTRACTOR/REFERENCE, such as precision/clip/data."""
+    found = {name: mean_figure(values) for name, values in seen.numbers.items()}
+    for reference, sets in (("data", data), ("baseline", baseline)):
+        for extractor, other in (sets or {}).items():
+            paired = reference == "baseline"
+            compared = set_figures(seen.features[extractor], other, paired=paired, num_resamples=num_resamples)
+            found |= {f"{metric}/{extractor}/{reference}": figure for metric, figure in compared.items()}
+    return found

@@ -1,0 +1,72 @@
+"""Real pictures to compare with: a folder of picture files, or one array of them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, UnidentifiedImageError
+
+from mlcm_jax.errors import UserError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+class RealPictures:
+    """Pictures of ``side`` x ``side`` pixels, read as they are asked for.
+
+    place: a folder of .png, .jpg or .webp files, or an .npy file, uint8 [n, H, W, 3], which is not read whole. Pictures
+    of another size are cropped to a square about the centre and resized (Lanczos). Raises UserError for a place that
+    holds no pictures.
+    """
+
+    def __init__(self, place: str | Path, side: int):
+        place = Path(place)
+        if not place.exists():
+            raise UserError(f"{place} does not exist: name a folder of pictures or an .npy file of them.")
+        self._pictures, self._side = _files(place) if place.is_dir() else _array(place), side
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def batches(self, size: int) -> Iterator[UInt8[np.ndarray, "n side side 3"]]:
+        """All pictures in order; raises UserError for a file that is not a picture."""
+        for start in range(0, len(self), size):
+            yield np.stack([_squared(_opened(one), self._side) for one in self._pictures[start : start + size]])
+
+
+def _files(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise UserError(f"{folder} holds no pictures: name a folder of {', '.join(SUFFIXES)} files.")
+    return files
+
+
+def _array(file: Path) -> np.ndarray:
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not a readable .npy file of numbers ({error}).") from None
+    if not isinstance(array, np.ndarray) or array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8:
+        found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "several arrays"
+        raise UserError(f"{file} holds {found}: it must be one array, uint8 [n, H, W, 3].")
+    return array
+
+
+def _opened(one: Path | np.ndarray) -> Image.Image:
+    if not isinstance(one, Path):
+        return Image.fromarray(one)
+    try:
+        with Image.open(one) as picture:
+            return picture.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise UserError(f"{one} cannot be read as a picture ({error}): take it out of the folder.") from None
+
+
+def _squared(picture: Image.Image, side: int) -> UInt8[np.ndarray, "side side 3"]:
+    if picture.size != (side, side):
+        shorter = min(picture.size)
+        left, top = ((length - shorter) // 2 for length in picture.size)
+        box = (left, top, left + shorter, top + shorter)
+        picture = picture.resize((side, side), Image.Resampling.LANCZOS, box=box)
+    return np.asarray(picture)
