@@ -21,7 +21,7 @@ def _fail(error: BaseException) -> NoReturn:
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
-        if "config" in flags.FLAGS and not isinstance(flags.FLAGS["config"].value, ConfigDict):
+        if "config" in flags.FLAGS and _unfit(flags.FLAGS["config"]):
             _fail(_no_config_file(argv))
         return rest
     except flags.Error as e:
@@ -33,6 +33,10 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         _fail(unknown)
     except OSError:
         _fail(_no_config_file(argv))
+
+
+def _unfit(config: flags.Flag) -> bool:
+    return bool(config.present) and not isinstance(config.value, ConfigDict)
 
 
 def _innermost_user_error(error: BaseException | None) -> UserError | None:
@@ -57,6 +61,17 @@ def _unknown_setting(error: Exception) -> UserError | None:
     if name := re.search(r"lookup: ([\w.]+)", text) or re.fullmatch(r"\W*(\w+)\W*", text):
         return UserError(f"The configuration has no setting {name[1]!r}: mlcm_jax/config.py explains those it has.")
     return None
+
+
+def take_defaults(config: ConfigDict | None):
+    """Make a configuration's entries the defaults of the flags of their names; raises UserError where one is unfit."""
+    for name, value in {} if config is None else config.items():
+        if name == "config" or name not in flags.FLAGS:
+            raise UserError(f"The configuration has the entry {name!r}, which is no flag of this program.")
+        try:
+            flags.FLAGS.set_default(name, value)
+        except flags.Error as e:
+            raise UserError(f"The configuration's {name}={value!r} does not fit ({e}).") from None
 
 
 def run_main(main: Callable[[], Any]):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from mlcm_jax.evaluation.judge import chunks
 from mlcm_jax.hub.load import load_params
 from mlcm_jax.hub.pipeline import parameter_shapes
 from mlcm_jax.models.inception import SIDE, InceptionV3, resize_like_torch
@@ -30,10 +31,8 @@ class InceptionFeatures:
 
     def __call__(self, images: UInt8[np.ndarray, "n H W 3"]) -> Float[np.ndarray, "n 2048"]:
         """Features of images of one size, as pytorch-fid computes them; ``CHUNK`` images at a time."""
-        features = []
-        for start in range(0, len(images), CHUNK):
-            rows = np.arange(start, start + CHUNK) % len(images)
-            features.append(np.asarray(_from_uint8(self.module, self.params, images[rows])))
+        rows = chunks(len(images), CHUNK)
+        features = [np.asarray(_from_uint8(self.module, self.params, images[chunk])) for chunk in rows]
         return np.concatenate(features)[: len(images)]
 
     def features(self, params: Params, images: Float[Array, "n H W 3"]) -> Float[Array, "n 2048"]:

@@ -1,7 +1,7 @@
 """A judge: a network that gives each picture one number, with or without its prompt."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -33,19 +33,17 @@ class Judge:
     tokenize: Callable[[Sequence[str]], Tokens]
 
     def __call__(self, images: UInt8[np.ndarray, "n H W 3"], prompts: Sequence[str]) -> Float[np.ndarray, " n"]:
-        """Scores of pictures, each for its own prompt; compiled once, for ``CHUNK`` pictures at a time.
+        """Scores of pictures, each for its own prompt; at most ``CHUNK`` pictures at a time.
 
         Raises UserError when there are not as many prompts as pictures, and for sizes the network does not take.
         """
         if len(images) != len(prompts):
             raise UserError(f"There are {len(images)} pictures and {len(prompts)} prompts: give each picture its own.")
         tokens, scores = self.tokenize(prompts), []
-        for start in range(0, len(images), CHUNK):
-            rows = np.arange(start, start + CHUNK) % len(images)
-            taken = images[rows[: len(images) - start]]
-            pixels = self.preprocessor(taken)[np.arange(CHUNK) % len(taken)]
-            scores.append(np.asarray(_score(self.module, self.params, pixels, tokens[rows]))[: len(taken)])
-        return np.concatenate(scores)
+        for rows in chunks(len(images), CHUNK):
+            pixels = self.preprocessor(images[rows])
+            scores.append(np.asarray(_score(self.module, self.params, pixels, tokens[rows])))
+        return np.concatenate(scores)[: len(images)]
 
     def reward(self, params: Params, images: Float[Array, "n H W 3"], tokens: Int[Array, "n t"]) -> Float[Array, " n"]:
         """The same for float images in [-1, 1], as a function of arrays that can be compiled and differentiated."""
@@ -56,6 +54,13 @@ class Judge:
 @partial(jax.jit, static_argnames=("module",))
 def _score(module, params, pixels, tokens):
     return module.apply({"params": params}, pixels, tokens)
+
+
+def chunks(n: int, size: int) -> Iterator[Int[np.ndarray, " size"]]:
+    """Row numbers, at most ``size`` at a time and always as many, so that a program compiles once: the last wrap."""
+    size = min(size, n)
+    for start in range(0, n, size):
+        yield np.arange(start, start + size) % n
 
 
 def no_tokens(prompts: Sequence[str]) -> Tokens:

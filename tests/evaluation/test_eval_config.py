@@ -1,0 +1,42 @@
+"""configs/eval_coco5k.py reaches launch/evaluate.py, and the command line goes before it; in real processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+UNKNOWN_ENTRY = (
+    "from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({'num_pictures': 3})\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--config=configs/eval_coco5k.py", "--prompts={folder}/prompts.txt"], "--num_images=5000 is more than the 4"),
+        (["--config={folder}/unknown.py"], "the entry 'num_pictures', which is no flag"),
+        (["--config=configs/nothing.py"], "--config=configs/nothing.py is not a configuration file"),
+    ],
+)
+def test_config_of_an_evaluation(args, message, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\nd\n")
+    (tmp_path / "unknown.py").write_text(UNKNOWN_ENTRY)
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "launch/evaluate.py", "--model=nowhere", *(arg.format(folder=tmp_path) for arg in args)]
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    assert message in result.stderr
+
+
+def test_judges_of_the_config_are_in_the_tables():
+    from configs.eval_coco5k import get_config
+    from mlcm_jax.evaluation.extractors import EXTRACTORS
+    from mlcm_jax.evaluation.scorers import SCORERS, parse_places
+
+    config = get_config()
+    assert set(parse_places("scorers", config.scorers, list(SCORERS))) == {"aesthetic", "image_reward"}
+    assert set(parse_places("features", config.features, list(EXTRACTORS))) == {"inception"}
