@@ -21,10 +21,10 @@ from mlcm_jax.conditioning import encode_prompts, unconditional
 from mlcm_jax.data.prompts import read_prompts
 from mlcm_jax.diffusion.parameterization import add_noise
 from mlcm_jax.diffusion.schedule import Schedule, alpha_sigma
+from mlcm_jax.generate import decode, encode, sample_latents
 from mlcm_jax.hub.pipeline import Network, Pipeline, load_network, load_tokenizer, network_shapes, save_pipeline
-from mlcm_jax.images import image_grid, to_float, to_uint8
+from mlcm_jax.images import image_grid
 from mlcm_jax.models.unet import UNet2DConditionModel
-from mlcm_jax.sampling import sample
 from mlcm_jax.train import rng
 from mlcm_jax.train.loop import run
 from mlcm_jax.types import TextConditioning
@@ -65,11 +65,9 @@ def make_loss(unet: UNet2DConditionModel, schedule: Schedule):
 
 
 def encode_images(vae: Network, images: np.ndarray) -> np.ndarray:
-    """Scaled latents (the means) of uint8 images."""
-    encode = jax.jit(lambda x: vae.module.apply({"params": vae.params}, x, method="encode")[0])
+    """Scaled latents of uint8 images, 64 at a time."""
     padded = np.concatenate([images, images[: -len(images) % 64]])
-    means = [np.asarray(encode(to_float(chunk))) for chunk in np.split(padded, len(padded) // 64)]
-    return np.concatenate(means)[: len(images)] * vae.config["scaling_factor"]
+    return np.concatenate([encode(vae, chunk) for chunk in np.split(padded, len(padded) // 64)])[: len(images)]
 
 
 def load_parts(folder: Path) -> Pipeline:
@@ -91,24 +89,28 @@ def load_parts(folder: Path) -> Pipeline:
     )
 
 
-def make_sampler(pipeline: Pipeline, schedule: Schedule, seed: int):
+def make_sampler(pipeline: Pipeline, seed: int):
     """A function of the UNet's parameters: one guided picture for each of the grid's prompts."""
     prompts = read_prompts(GRID_PROMPTS)
     conditioning = encode_prompts(pipeline, prompts, IMAGE_SIZE)
     empty = unconditional(pipeline, len(prompts), IMAGE_SIZE)
     side = UNET_CONFIG["sample_size"]
     noise = jax.random.normal(rng.stream(seed, "samples", 0), (len(prompts), side, side, 4))
-    vae = pipeline.vae
 
-    @jax.jit
     def images(params):
-        def predict(latents, t, cond):
-            return pipeline.unet.module.apply({"params": params}, latents, t, cond)
+        latents = sample_latents(
+            pipeline.unet,
+            SCHEDULER_CONFIG,
+            noise,
+            conditioning,
+            empty,
+            guidance_scale=GRID_GUIDANCE,
+            num_steps=GRID_STEPS,
+            variables={"params": params},
+        )
+        return image_grid(decode(pipeline.vae, latents), columns=8)
 
-        latents = sample(predict, SCHEDULER_CONFIG, noise, conditioning, empty, GRID_GUIDANCE, GRID_STEPS)
-        return vae.module.apply({"params": vae.params}, latents / vae.config["scaling_factor"], method="decode")
-
-    return lambda params: image_grid(to_uint8(images(params)), columns=8)
+    return images
 
 
 def main():
@@ -128,7 +130,7 @@ def main():
     first = jax.tree.map(lambda a: a[:1], (latents, text))
     params = module.init(rng.stream(config.seed, "init", 0), first[0], np.zeros(1, np.int32), first[1])["params"]
     state, step = start(params, make_loss(module, schedule), config)
-    images = make_sampler(pipeline, schedule, config.seed)
+    images = make_sampler(pipeline, config.seed)
     state = run(state, step, batch, config, Path(WORKDIR.value), sample_fn=lambda s: images(s.ema))
     finished = Network(module, state.ema, UNET_CONFIG)
     save_pipeline(dataclasses.replace(pipeline, unet=finished), out, dtype=jnp.float16)
