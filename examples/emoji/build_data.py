@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from absl import flags
-from emoji_dataset import dataset, names, prompts, sources, tokenizer
+from emoji_dataset import chinese, dataset, names, prompts, sources, tokenizer
 
 from mlcm_jax.cli import run_main
 from mlcm_jax.errors import UserError
@@ -27,6 +27,7 @@ def build_all(data_dir: Path, cache_dir: Path, out_dir: Path) -> None:
 
     prompts.write_lines(out_dir / "heldout_names.txt", sorted(set(splits["heldout"]["name"])))
     prompts.write_prompts(splits["train"], out_dir / "prompts")
+    chinese.write_chinese_prompts(splits["train"], out_dir / "prompts")
     tokenizer.train_tokenizer(splits["train"]["caption"], out_dir / "tokenizer")
     captions = [caption for split in splits.values() for caption in split["caption"]]
     length = tokenizer.longest(captions, out_dir / "tokenizer")

@@ -1,6 +1,7 @@
-"""The recipe of the emoji teacher: every setting of its three trainings and the shapes of its networks, in one place.
+"""The recipe of the emoji teacher: every setting of its trainings and the shapes of its networks, in one place.
 
 Order: build_data.py, train_autoencoder.py, train_clip.py, train_unet.py; each resumes from its --workdir.
+train_chinese.py needs what train_clip.py leaves.
 """
 
 from ml_collections import ConfigDict, config_flags
@@ -123,8 +124,16 @@ CLIP_PREPROCESSOR = {
     "image_std": [0.5, 0.5, 0.5],
 }
 
+# The Chinese encoders have the English ones' shapes, but for the vocabulary.
+CHINESE = _training(
+    num_steps=1200,
+    batch_size=64,
+    ema_decay=0.995,
+    optim={"learning_rate": 2e-3, "b2": 0.98},
+)
+
 UNET = _training(
-    num_steps=3600,
+    num_steps=10_500,
     batch_size=32,
     ema_decay=0.999,
     sample_every=250,

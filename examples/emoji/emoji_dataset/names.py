@@ -17,6 +17,7 @@ SKIN_TONES = {
     "1F3FE": "medium-dark skin tone",
     "1F3FF": "dark skin tone",
 }
+FLAG_PREFIX = "flag of "
 FLAGS_OF_PLACES = frozenset({"country-flag", "subdivision-flag"})
 HELDOUT_PERCENT = 10
 
@@ -84,11 +85,11 @@ def _natural_name(entry: dict) -> tuple[str, bool]:
     text = "".join(chr(int(code, 16)) for code in entry["unified"].split("-"))
     known = emoji.EMOJI_DATA.get(text)
     name = known["en"].strip(":") if known else entry["name"].removesuffix(" Flag")
-    name = _plain(name)
-    return (f"flag of {name}" if entry["subcategory"] in FLAGS_OF_PLACES else name), known is None
+    name = plain(name)
+    return (FLAG_PREFIX + name if entry["subcategory"] in FLAGS_OF_PLACES else name), known is None
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """Lower case, single spaces, accents dropped: "São_Tomé_&_Príncipe" becomes "sao tome and principe"."""
     decomposed = unicodedata.normalize("NFKD", name.translate(_ASCII))
     return " ".join("".join(c for c in decomposed if not unicodedata.combining(c)).lower().split())

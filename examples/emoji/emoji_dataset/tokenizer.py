@@ -6,7 +6,7 @@ special_tokens_map.json), so that CLIPTokenizer and the pipelines built on it re
 
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -20,14 +20,19 @@ _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def train_tokenizer(captions: Iterable[str], folder: Path, vocab_size: int = VOCAB_SIZE) -> None:
-    """Learn merges on `captions` and write the tokenizer's files to `folder`.
+    """Learn merges on `captions` and write the tokenizer's files to `folder`."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    write_tokenizer(_learn_merges(captions, alphabet, vocab_size - 2 * len(alphabet) - 2), folder)
+
+
+def write_tokenizer(merges: Sequence[tuple[str, str]], folder: Path) -> None:
+    """Write the files of a tokenizer with these merges, the first with the highest priority.
 
     The ids are laid out as in CLIP: the 256 bytes, the 256 bytes at a word's end, the merges, start, end. The end
     token thus has the highest id, which older text encoders rely on when they look for it by argmax.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bytes_and_ends = [*alphabet, *(byte + WORD_END for byte in alphabet)]
-    merges = _learn_merges(captions, alphabet, vocab_size - len(bytes_and_ends) - 2)
     tokens = [*bytes_and_ends, *("".join(pair) for pair in merges), START, END]
 
     folder.mkdir(parents=True, exist_ok=True)
