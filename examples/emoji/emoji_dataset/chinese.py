@@ -48,7 +48,7 @@ def chinese_caption(names: Mapping[str, str], name: str, skin_tone: str, style: 
     Raises UserError when `name` has no Chinese one.
     """
     if name not in names:
-        raise UserError(f"{name!r} has no Chinese name in the emoji package: install the version that setup.py asks for.")
+        raise UserError(f"{name!r} has no Chinese name in the emoji package: install emoji 2.16 or newer.")
     comma, space = SPELLINGS[spelling]
     tones = "和".join(SKIN_TONES[tone] for tone in skin_tone.split(" and ") if tone)
     return comma.join(part for part in (names[name], tones, f"{style}{space}风格") if part)
