@@ -113,6 +113,13 @@ TRAIN = {
     "a mesh of other devices": (["--config.mesh.fsdp=3"], ["fsdp 3", "4 devices"]),
     "an image size": (["--config.image_size=33"], ["image_size=33", "multiple of 4"]),
     "an unknown distance": (["--config.distance=l3"], ["distance='l3'", "l2, pseudo_huber"]),
+    "unknown states": (["--config.states=noise"], ["states='noise'", "streaming, mds, data, student"]),
+    "data without latents": (["--config.states=data"], ["config.latents", "launch/encode.py"]),
+    "latents that are not there": (["--config.latents={files}/nowhere"], ["{files}/nowhere does not exist"]),
+    "an average that is not kept": (["--config.target_network=ema", "--config.ema_decay=0"], ["config.ema_decay"]),
+    "a stage without a start": (["--config.stages=({{'num_segments':2}},)"], ["stage 2", "start"]),
+    "a stage that cannot work": (["--config.stages=({{'start':2,'skip':0}},)"], ["config.skip=0"]),
+    "a discriminator of trajectories": (["--config.adversarial.weight=1.0"], ["adversarial", "states='streaming'"]),
     "a LoRA without layers": (
         ["--config.trainable=lora", "--config.lora.targets=('nothing',)"],
         ["'nothing' matches no layer"],
@@ -146,6 +153,21 @@ def test_export(launch, files, tmp_path, mistake):
     args, words = EXPORT[mistake]
     result = launch("export", f"--out={tmp_path / 'out'}", *(arg.format(files=files) for arg in args))
     assert_one_sentence(result, *words)
+    assert not (tmp_path / "out").exists()
+
+
+ENCODE = {
+    "neither pictures nor prompts": ([], ["--images", "--prompts"]),
+    "no pictures": (["--images={files}/nowhere"], ["nowhere does not exist"]),
+    "no prompts": (["--prompts={files}/empty.txt"], ["empty.txt is empty"]),
+}
+
+
+@pytest.mark.parametrize("mistake", ENCODE)
+def test_encode(launch, files, sdxl_folder, tmp_path, mistake):
+    args, words = ENCODE[mistake]
+    args = [f"--model={sdxl_folder}", *(arg.format(files=files) for arg in args)]
+    assert_one_sentence(launch("encode", f"--out={tmp_path / 'out'}", *args), *words)
     assert not (tmp_path / "out").exists()
 
 
