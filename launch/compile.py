@@ -8,9 +8,11 @@ host memory and, on 2 cores, tens of minutes.
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -64,6 +66,20 @@ def _stage_number(num_stages: int) -> int:
     return STAGE.value - 1
 
 
+def compile_for(lowered, topology: str):
+    """The compiled step. Raises UserError when it does not fit into a chip's memory."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needs = re.search(r"required for .*? \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
+        if needs is None:
+            raise
+        raise UserError(
+            f"The step does not fit {topology}: it needs {needs[1]} GiB of temporaries on each chip, which has "
+            f"{needs[2]}. Use more chips, a smaller batch_size or image_size, or trainable=lora."
+        ) from None
+
+
 def main():
     config = CONFIG.value
     validate(config)
@@ -75,7 +91,7 @@ def main():
     lowered = stage.step.lower(program.state, program.frozen, stage.batch)
     lowering_seconds = time.perf_counter() - start
     print(f"   lowered  in {lowering_seconds:.0f} s", flush=True)
-    compiled = lowered.compile()
+    compiled = compile_for(lowered, TOPOLOGY.value)
     memory = compiled.memory_analysis()
     hbm = GENERATIONS[TOPOLOGY.value.partition(":")[0]][1]
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
