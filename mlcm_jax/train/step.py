@@ -61,10 +61,7 @@ def make_train_step(
             return predict_x0_eps(schedule, output, z, t).x0
 
         def student_x0(params, z, t):
-            # Behind the barrier the weights are gathered anew, when z is there: else the compiler keeps one gathered
-            # copy of all of them alive from the teacher's pass to the end of the backward pass.
-            params, teacher, z = jax.lax.optimization_barrier((params, frozen.teacher, z))
-            output = apply(student_variables(params, teacher, config), z, t, conditioning)
+            output = apply(student_variables(params, frozen.teacher, config), z, t, conditioning)
             return predict_x0_eps(schedule, output, z, t).x0
 
         key = rng.stream(config.seed, "timesteps", state.step)
