@@ -22,6 +22,7 @@ BASELINE_GUIDANCE_SCALE = flags.DEFINE_float("baseline_guidance_scale", None, "T
 PROMPTS = flags.DEFINE_string("prompts", "examples/emoji/prompts/eval.txt", "Text file, one prompt a line.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 512, "Prompts that are drawn, the file's first ones.", lower_bound=4)
 DATA = flags.DEFINE_string("data", None, "Real pictures: a folder of files, or an .npy file, uint8 [n, H, W, 3].")
+DATA_MATCHES_PROMPTS = flags.DEFINE_bool("data_matches_prompts", False, "Picture i of --data is one of prompt i.")
 SCORER = flags.DEFINE_string(
     "scorer", "examples/emoji/scorer", "CLIPModel folder of CLIP score, perceptual distance and diversity."
 )
@@ -50,6 +51,7 @@ def main():
         prompts=PROMPTS.value,
         num_images=NUM_IMAGES.value,
         data=DATA.value,
+        data_matches_prompts=DATA_MATCHES_PROMPTS.value,
         scorer=SCORER.value,
         scorers=SCORERS.value,
         features=FEATURES.value,

@@ -47,6 +47,8 @@ def files(tmp_path_factory, sdxl_folder):
         "    return config\n"
     )
     np.save(folder / "three_channels.npy", np.zeros((1, 3, 16, 16), np.float32))
+    np.save(folder / "two_pictures.npy", np.zeros((2, 32, 32, 3), np.uint8))
+    (folder / "nine.txt").write_text("red heart\n" * 9)
     for name in ("missing_tensor", "wrong_shape", "wrong_activation"):
         shutil.copytree(sdxl_folder, folder / name)
     tensors = load_file(sdxl_folder / UNET_FILE)
@@ -168,6 +170,37 @@ def test_encode(launch, files, sdxl_folder, tmp_path, mistake):
     args, words = ENCODE[mistake]
     args = [f"--model={sdxl_folder}", *(arg.format(files=files) for arg in args)]
     assert_one_sentence(launch("encode", f"--out={tmp_path / 'out'}", *args), *words)
+    assert not (tmp_path / "out").exists()
+
+
+EVALUATE = {
+    "no model": (["--model={files}/no_model"], ["has no model_index.json"]),
+    "no baseline": (["--baseline={files}/nowhere"], ["{files}/nowhere does not exist"]),
+    "a baseline of other pictures": (["--baseline=examples/emoji/teacher"], ["pictures of 32 px", "pictures of 64 px"]),
+    "too many pictures": (["--num_images=10"], ["--num_images=10 is more than the 9 prompts"]),
+    "too few pictures": (["--num_images=3"], ["--num_images=3"]),
+    "steps that are no number": (["--steps=1,x"], ["--steps=1,x is no list of whole numbers"]),
+    "no steps": (["--steps=0"], ["num_steps=0 is not possible"]),
+    "no scorer": (["--scorer={files}/nowhere"], ["{files}/nowhere"]),
+    "an unknown scorer": (["--scorers=beauty=x"], ["--scorers has the entry 'beauty=x'", "clip"]),
+    "features of nothing": (["--features=clip"], ["--features has the entry 'clip'", "NAME=PLACE"]),
+    "no real pictures": (["--data={files}/no_model"], ["no_model holds no pictures"]),
+    "latents as pictures": (["--data={files}/three_channels.npy"], ["float32 [1, 3, 16, 16]", "uint8"]),
+    "too few real pictures": (["--data={files}/two_pictures.npy"], ["has 2 pictures: give 4 or more"]),
+    "pictures of fewer prompts": (
+        ["--data={files}/two_pictures.npy", "--data_matches_prompts"],
+        ["has 2 pictures: give 9 or more"],
+    ),
+    "a file to write to": (["--out={files}/nine.txt"], ["nine.txt is a file: name a folder"]),
+}
+
+
+@pytest.mark.parametrize("mistake", EVALUATE)
+def test_evaluate(launch, files, sdxl_folder, tmp_path, mistake):
+    args, words = EVALUATE[mistake]
+    good = [f"--model={sdxl_folder}", f"--prompts={files / 'nine.txt'}", "--num_images=9", f"--out={tmp_path / 'out'}"]
+    result = launch("evaluate", *good, *(arg.format(files=files) for arg in args))
+    assert_one_sentence(result, *(word.format(files=files) for word in words))
     assert not (tmp_path / "out").exists()
 
 

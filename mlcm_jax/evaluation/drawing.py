@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
@@ -26,12 +27,12 @@ def latent_shape(pipeline: Pipeline) -> tuple[int, int, int]:
 
 def pixels(pipeline: Pipeline) -> int:
     """Height and width of its pictures."""
-    return latent_shape(pipeline)[0] * 2 ** (len(pipeline.vae.config["block_out_channels"]) - 1)
+    return latent_shape(pipeline)[0] * pipeline.downscale
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """A batch. rows: which prompts. latents: scaled. seconds: an image, sampling and decoding, without compiling."""
+    """A batch. rows: which pictures. latents: scaled. seconds: an image, sampling and decoding, without compiling."""
 
     rows: slice
     latents: Latents
@@ -50,24 +51,28 @@ class Artist:
         self._conditioning = encode_prompts(pipeline, list(prompts), pixels(pipeline))
         self._unconditional = unconditional(pipeline, self._size, pixels(pipeline))
 
-    def draw(self, num_steps: int, *, seed: int, n: int) -> Iterator[Drawn]:
-        """The first n prompts. All batches have one size, so that a program compiles once; the last one is cut."""
-        noise = draw_noise(seed, n, latent_shape(self._pipeline))
-        sampler_rng = jax.random.fold_in(jax.random.key(seed), AFTER_ALL_PICTURES)
-        self._compile(noise, num_steps)
-        for batch, start in enumerate(range(0, n, self._size)):
-            begin = time.perf_counter()
-            latents, images = self._batch(noise, num_steps, start, jax.random.fold_in(sampler_rng, batch))
-            seconds = (time.perf_counter() - begin) / self._size
-            yield Drawn(slice(start, min(start + self._size, n)), latents[: n - start], images[: n - start], seconds)
+    def draw(self, num_steps: int, *, seeds: Sequence[int], n: int) -> Iterator[Drawn]:
+        """The first n prompts from the first seed's noise, then from the next one's.
 
-    def _batch(self, noise: Latents, num_steps: int, start: int, rng: jax.Array) -> tuple[Latents, np.ndarray]:
+        All batches have one size, so that a program compiles once; the last one is cut.
+        """
+        noise = jnp.concatenate([draw_noise(seed, n, latent_shape(self._pipeline)) for seed in seeds])
+        sampler_rng = jax.random.fold_in(jax.random.key(seeds[0]), AFTER_ALL_PICTURES)
+        self._compile(noise, num_steps, n)
+        for batch, start in enumerate(range(0, len(noise), self._size)):
+            begin = time.perf_counter()
+            latents, images = self._batch(noise, num_steps, start, n, jax.random.fold_in(sampler_rng, batch))
+            seconds = (time.perf_counter() - begin) / self._size
+            rows = slice(start, min(start + self._size, len(noise)))
+            yield Drawn(rows, latents[: rows.stop - start], images[: rows.stop - start], seconds)
+
+    def _batch(self, noise: Latents, num_steps: int, start: int, n: int, rng: jax.Array) -> tuple[Latents, np.ndarray]:
         rows = np.arange(start, start + self._size) % len(noise)
         latents = sample_latents(
             self._pipeline.unet,
             self._pipeline.scheduler_config,
             noise[rows],
-            jax.tree.map(lambda x: x[rows], self._conditioning),
+            jax.tree.map(lambda x: x[rows % n], self._conditioning),
             self._unconditional,
             guidance_scale=self.guidance_scale,
             num_steps=num_steps,
@@ -75,12 +80,12 @@ class Artist:
         )
         return latents, decode(self._pipeline.vae, latents)
 
-    def _compile(self, noise: Latents, num_steps: int) -> None:
+    def _compile(self, noise: Latents, num_steps: int, n: int) -> None:
         """Draw a batch for nothing when the next one would meet a program that has not been compiled."""
         arrays = step_table(self._pipeline.scheduler_config, num_steps).arrays
         program = tuple((name, array.shape, array.dtype.name) for name, array in arrays.items())
         if program not in self._programs:
-            self._batch(noise, num_steps, 0, jax.random.key(0))
+            self._batch(noise, num_steps, 0, n, jax.random.key(0))
             self._programs.add(program)
 
 
@@ -89,9 +94,10 @@ def check_samplers(pipelines: dict[str, Pipeline], steps: Sequence[int], referen
     for name, pipeline in pipelines.items():
         for num_steps in [*steps, reference_steps] if name == "baseline" else steps:
             step_table(pipeline.scheduler_config, num_steps)
-    shapes = {name: list(latent_shape(pipeline)) for name, pipeline in pipelines.items()}
-    if len({tuple(shape) for shape in shapes.values()}) > 1:
+    shapes = {name: (*latent_shape(pipeline), pixels(pipeline)) for name, pipeline in pipelines.items()}
+    if len(set(shapes.values())) > 1:
+        described = {name: f"latents {list(shape[:3])} and pictures of {shape[3]} px" for name, shape in shapes.items()}
         raise UserError(
-            f"The model's latents are {shapes['model']} and the baseline's {shapes['baseline']}: name a model that was "
-            "distilled from this baseline."
+            f"The model has {described['model']}, the baseline {described['baseline']}: name a model "
+            "that was distilled from this baseline."
         )

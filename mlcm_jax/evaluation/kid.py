@@ -12,7 +12,7 @@ from mlcm_jax.errors import UserError
 class Kernels:
     """The kernel (x.y / d + 1)^3 of all pairs within and between two sets of features, float64.
 
-    paired: row i of one set and row i of the other were made from the same prompt and noise.
+    paired: row i of one set and row i of the other are of the same prompt.
     """
 
     aa: Float[np.ndarray, "n n"]

@@ -112,9 +112,9 @@ def set_figures(
 ) -> dict[str, Figure]:
     """Figures of two sets of features: Frechet and kernel distance, precision and recall.
 
-    paired: row i of both is of the same prompt and noise, so that they are resampled together. For precision and recall
-    only the pictures that are counted are resampled, not those that they are sought among: repeated rows would shrink
-    the distances to neighbours. num_resamples: of the distances, which take the longest.
+    paired: row i of both is of the same prompt, so that they are resampled together. For precision and recall only the
+    pictures that are counted are resampled, not those that they are sought among: repeated rows would shrink the
+    distances to neighbours. num_resamples: of the distances, which take the longest.
     """
     stream = 0 if paired else 1
     rows, other_rows = (
@@ -137,13 +137,20 @@ def set_figures(
 
 
 def figures(
-    seen: Seen, data: FeatureSets | None, baseline: FeatureSets | None, *, num_resamples: int
+    seen: Seen,
+    data: FeatureSets | None,
+    baseline: FeatureSets | None,
+    *,
+    data_matches_prompts: bool,
+    num_resamples: int,
 ) -> dict[str, Figure]:
-    """All figures of a sampler; those of sets are named METRIC/EXTRACTOR/REFERENCE, such as precision/clip/data."""
+    """All figures of a sampler; those of sets are named METRIC/EXTRACTOR/REFERENCE, such as precision/clip/data.
+
+    data_matches_prompts: whether row i of ``data`` is a real picture of prompt i.
+    """
     found = {name: mean_figure(values) for name, values in seen.numbers.items()}
-    for reference, sets in (("data", data), ("baseline", baseline)):
+    for reference, sets, paired in (("data", data, data_matches_prompts), ("baseline", baseline, True)):
         for extractor, other in (sets or {}).items():
-            paired = reference == "baseline"
             compared = set_figures(seen.features[extractor], other, paired=paired, num_resamples=num_resamples)
             found |= {f"{metric}/{extractor}/{reference}": figure for metric, figure in compared.items()}
     return found

@@ -39,6 +39,7 @@ class Settings:
     prompts: str
     num_images: int
     data: str | None
+    data_matches_prompts: bool
     scorer: str
     scorers: Sequence[str]
     features: Sequence[str]
@@ -107,7 +108,7 @@ def make_artists(settings: Settings, pipelines: dict[str, Pipeline], prompts: li
     artists = {}
     for name, pipeline in pipelines.items():
         scale = given[name]
-        scale = default_guidance_scale(pipeline.scheduler_config) if scale is None else scale
+        scale = default_guidance_scale(pipeline) if scale is None else scale
         artists[name] = Artist(pipeline, prompts, name=name, guidance_scale=scale, batch_size=settings.batch_size)
     return artists
 
@@ -116,10 +117,13 @@ def data_features(settings: Settings, judges: Judges, side: int) -> FeatureSets 
     """Features of the real pictures, at the size of those that are drawn; None without --data."""
     if settings.data is None:
         return None
-    real = RealPictures(settings.data, side)
-    if len(real) <= NEIGHBOURS:
-        raise UserError(f"--data={settings.data} has {len(real)} pictures: give {NEIGHBOURS + 1} or more.")
-    return joined([judges.features(images) for images in real.batches(settings.batch_size)])
+    real, needed = RealPictures(settings.data, side), NEIGHBOURS + 1
+    if settings.data_matches_prompts:
+        needed = settings.num_images
+    if len(real) < needed:
+        raise UserError(f"--data={settings.data} has {len(real)} pictures: give {needed} or more.")
+    n = needed if settings.data_matches_prompts else len(real)
+    return joined([judges.features(images) for images in real.batches(settings.batch_size, n)])
 
 
 class Bench:
@@ -136,28 +140,33 @@ class Bench:
     def measure(self, artist: Artist, num_steps: int, *, as_reference: bool = False) -> Row:
         """A row of the report; with ``as_reference``, later rows are compared with these pictures."""
         self._progress.set_description(f"{artist.name} {num_steps}")
-        batches = self._drawn(artist, num_steps, seed=self._settings.seed, n=len(self._prompts))
+        batches = self._drawn(artist, num_steps, seeds=[self._settings.seed], n=len(self._prompts))
         if as_reference:
             batches = list(batches)
             self._reference = Reference.of(batches)
         seen = look(batches, self._prompts, self._judges, self._reference, num_examples=NUM_EXAMPLES)
         if as_reference:
             self._reference_features = seen.features
-        found = figures(seen, self._data, self._reference_features, num_resamples=self._settings.resamples)
+        found = figures(
+            seen,
+            self._data,
+            self._reference_features,
+            data_matches_prompts=self._settings.data_matches_prompts,
+            num_resamples=self._settings.resamples,
+        )
         if self._settings.diversity_prompts:
             found["diversity"] = mean_figure(self._diversity(artist, num_steps))
         return Row(artist.name, num_steps, artist.scheduler, artist.guidance_scale, found, seen.examples)
 
     def _diversity(self, artist: Artist, num_steps: int) -> np.ndarray:
         n, first = diversity_prompts(self._settings), self._settings.seed
-        features = []
-        for seed in range(first, first + self._settings.diversity_seeds):
-            batches = self._drawn(artist, num_steps, seed=seed, n=n)
-            features.append(np.concatenate([image_features(self._judges.clip, drawn.images) for drawn in batches]))
-        return diversity(np.stack(features))
+        seeds = range(first, first + self._settings.diversity_seeds)
+        batches = self._drawn(artist, num_steps, seeds=seeds, n=n)
+        features = np.concatenate([image_features(self._judges.clip, drawn.images) for drawn in batches])
+        return diversity(features.reshape(len(seeds), n, -1))
 
-    def _drawn(self, artist: Artist, num_steps: int, *, seed: int, n: int) -> Iterator[Drawn]:
-        for drawn in artist.draw(num_steps, seed=seed, n=n):
+    def _drawn(self, artist: Artist, num_steps: int, *, seeds: Sequence[int], n: int) -> Iterator[Drawn]:
+        for drawn in artist.draw(num_steps, seeds=seeds, n=n):
             yield drawn
             self._progress.update(len(drawn.images))
 

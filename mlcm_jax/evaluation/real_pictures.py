@@ -29,10 +29,10 @@ class RealPictures:
     def __len__(self) -> int:
         return len(self._pictures)
 
-    def batches(self, size: int) -> Iterator[UInt8[np.ndarray, "n side side 3"]]:
-        """All pictures in order; raises UserError for a file that is not a picture."""
-        for start in range(0, len(self), size):
-            yield np.stack([_squared(_opened(one), self._side) for one in self._pictures[start : start + size]])
+    def batches(self, size: int, n: int) -> Iterator[UInt8[np.ndarray, "n side side 3"]]:
+        """The first n pictures, ``size`` at a time; raises UserError for a file that is not a picture."""
+        for start in range(0, n, size):
+            yield np.stack([_squared(_opened(one), self._side) for one in self._pictures[start : min(start + size, n)]])
 
 
 def _files(folder: Path) -> list[Path]:
@@ -68,5 +68,5 @@ def _squared(picture: Image.Image, side: int) -> UInt8[np.ndarray, "side side 3"
         shorter = min(picture.size)
         left, top = ((length - shorter) // 2 for length in picture.size)
         box = (left, top, left + shorter, top + shorter)
-        picture = picture.resize((side, side), Image.Resampling.LANCZOS, box=box)
+        picture = picture.crop(box).resize((side, side), Image.Resampling.LANCZOS)
     return np.asarray(picture)

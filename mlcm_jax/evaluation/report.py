@@ -25,6 +25,7 @@ class Metric(NamedTuple):
 
 
 METRICS = {
+    "clip_score": Metric("CLIP score", "higher", 4),
     "seconds_per_image": Metric("seconds an image", "lower", 4),
     "diversity": Metric("diversity", "higher", 4),
     "latent_mse": Metric("latent distance", "lower", 4),
@@ -56,10 +57,8 @@ class Row:
 def metric(key: str) -> Metric:
     """How the figure of this name is shown."""
     name, _, rest = key.partition("/")
-    if name.endswith("_score"):
-        return Metric(f"{name.removesuffix('_score')} score", "higher", 4)
     extractor = rest.partition("/")[0]
-    shown = METRICS[name]
+    shown = METRICS.get(name) or Metric(name.replace("_", " "), "higher", 4)  # any scorer's
     return shown._replace(title=f"{shown.title}, {extractor}") if extractor else shown
 
 
@@ -111,8 +110,8 @@ def _table(rows: Sequence[Row], keys: Sequence[str], figures: Callable[[Row], Ma
 
 
 def _cell(figure: Figure, decimals: int) -> str:
-    low, high = figure.interval
-    return f"{figure.value:.{decimals}f} ({low:.{decimals}f} to {high:.{decimals}f})"
+    rounded = (round(number, decimals) + 0.0 for number in (figure.value, *figure.interval))  # no -0.0
+    return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*rounded, d=decimals)
 
 
 def _json(figures: Mapping[str, Figure]) -> dict[str, Any]:

@@ -1,0 +1,41 @@
+"""Write the real pictures of a caption file's first captions, for launch/evaluate.py to compare with.
+
+python examples/emoji/real_pictures.py --data_dir=DATA --num_images=512 --out=real.npy
+python launch/evaluate.py --model=DIR --num_images=512 --data=real.npy --data_matches_prompts
+"""
+
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from emoji_dataset.dataset import SPLITS, load_split
+
+from mlcm_jax.cli import run_main
+from mlcm_jax.data.prompts import read_prompts
+from mlcm_jax.errors import UserError
+
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder that build_data.py wrote.", required=True)
+SPLIT = flags.DEFINE_enum("split", "train", SPLITS, "Where the captions come from.")
+PROMPTS = flags.DEFINE_string("prompts", "examples/emoji/prompts/eval.txt", "Text file, one caption a line.")
+NUM_IMAGES = flags.DEFINE_integer("num_images", 512, "Captions that are taken, the file's first ones.", lower_bound=1)
+OUT = flags.DEFINE_string("out", None, "The .npy file, uint8 [num_images, 64, 64, 3].", required=True)
+
+
+def main():
+    prompts, data = read_prompts(PROMPTS.value), load_split(DATA_DIR.value, SPLIT.value)
+    if NUM_IMAGES.value > len(prompts):
+        raise UserError(
+            f"--num_images={NUM_IMAGES.value} is more than the {len(prompts)} prompts of {PROMPTS.value}: lower it."
+        )
+    places = {caption: i for i, caption in enumerate(data["caption"])}
+    chosen = prompts[: NUM_IMAGES.value]
+    if absent := [prompt for prompt in chosen if prompt not in places]:
+        raise UserError(f"The {SPLIT.value} split has no picture of {absent[0]!r}: choose the other --split.")
+    out = Path(OUT.value)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    np.save(out, data["image"][[places[prompt] for prompt in chosen]])
+    print(f"{out}: {len(chosen)} pictures of the {SPLIT.value} split")
+
+
+if __name__ == "__main__":
+    run_main(main)
