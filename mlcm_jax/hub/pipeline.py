@@ -121,6 +121,11 @@ class Pipeline:
     folder: Path
     tokenizer_folder: Path | None = None
 
+    @property
+    def downscale(self) -> int:
+        """Pixels along each side of a latent."""
+        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+
     def networks(self) -> dict[str, Network]:
         """Networks by the name of their folder."""
         encoders, _ = PIPELINES[self.model_index["_class_name"]]
