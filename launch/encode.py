@@ -33,17 +33,19 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Pictures at a time.", lower
 OUT = flags.DEFINE_string("out", None, "The latents file, .safetensors.", required=True)
 
 
-def encoded(pipeline: Pipeline, image_size: int) -> Iterator[np.ndarray]:
+def encoded(pipeline: Pipeline, images: str, image_size: int) -> Iterator[np.ndarray]:
     """Latents of the pictures, a batch at a time."""
-    pictures, n = RealPictures(IMAGES.value, image_size), BATCH_SIZE.value
-    for batch in tqdm(pictures.batches(n), total=-(-len(pictures) // n), unit="batch"):
+    pictures, n = RealPictures(images, image_size), BATCH_SIZE.value
+    for batch in tqdm(pictures.batches(n, len(pictures)), total=-(-len(pictures) // n), unit="batch"):
         padded = np.concatenate([batch, np.repeat(batch[-1:], n - len(batch), axis=0)])
         yield encode(pipeline.vae, padded)[: len(batch)]
 
 
-def drawn(pipeline: Pipeline, image_size: int, latent_shape: tuple[int, int, int]) -> Iterator[np.ndarray]:
+def drawn(
+    pipeline: Pipeline, prompt_file: str, image_size: int, latent_shape: tuple[int, int, int]
+) -> Iterator[np.ndarray]:
     """Latents that the model draws for the prompts, a batch at a time."""
-    prompts, n = read_prompts(PROMPTS.value), BATCH_SIZE.value
+    prompts, n = read_prompts(prompt_file), BATCH_SIZE.value
     step_table(pipeline.scheduler_config, STEPS.value)  # answers a wrong --steps before anything is compiled
     noise = draw_noise(SEED.value, len(prompts), latent_shape)
     scale = GUIDANCE_SCALE.value
@@ -55,19 +57,23 @@ def drawn(pipeline: Pipeline, image_size: int, latent_shape: tuple[int, int, int
             noise[rows],
             encode_prompts(pipeline, [prompts[i] for i in rows], image_size),
             unconditional(pipeline, n, image_size),
-            guidance_scale=default_guidance_scale(pipeline.scheduler_config) if scale is None else scale,
+            guidance_scale=default_guidance_scale(pipeline) if scale is None else scale,
             num_steps=STEPS.value,
         )
         yield np.asarray(latents)[: len(prompts) - start]
 
 
 def main():
-    if (IMAGES.value is None) == (PROMPTS.value is None):
+    images, prompts = IMAGES.value, PROMPTS.value
+    if (images is None) == (prompts is None):
         raise UserError("Give either --images, pictures to encode, or --prompts, for which the model draws some.")
     pipeline = load_pipeline(MODEL.value, dtype=jnp.float32)
     side, channels = pipeline.unet.config["sample_size"], pipeline.unet.config.get("in_channels", 4)
-    image_size = side * 2 ** (len(pipeline.vae.config["block_out_channels"]) - 1)
-    batches = encoded(pipeline, image_size) if IMAGES.value else drawn(pipeline, image_size, (side, side, channels))
+    image_size = side * pipeline.downscale
+    if prompts is None:
+        batches = encoded(pipeline, str(images), image_size)
+    else:
+        batches = drawn(pipeline, prompts, image_size, (side, side, channels))
     latents = np.concatenate(list(batches))
     Path(OUT.value).parent.mkdir(parents=True, exist_ok=True)
     save_latents(latents, OUT.value)

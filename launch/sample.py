@@ -4,6 +4,7 @@ The folder's own scheduler decides the sampler. Several pictures (several --prom
 come as one grid.
 """
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -14,29 +15,36 @@ from PIL import Image
 
 from mlcm_jax.cli import run_main
 from mlcm_jax.conditioning import encode_prompts, unconditional
-from mlcm_jax.diffusion.samplers import step_table
+from mlcm_jax.diffusion.samplers import SAMPLERS, step_table
 from mlcm_jax.errors import UserError
-from mlcm_jax.generate import decode, default_guidance_scale, draw_noise, sample_latents
+from mlcm_jax.generate import TILING, decode, default_guidance_scale, draw_noise, in_tiles, sample_latents
 from mlcm_jax.hub.pipeline import Pipeline, load_pipeline
 from mlcm_jax.hub.text import with_text
+from mlcm_jax.hub.vae import load_vae
 from mlcm_jax.images import image_grid
+from mlcm_jax.models.attention_backend import BACKENDS, AttentionBackend
 
 MODEL = flags.DEFINE_string("model", None, "Diffusers folder or hub id.", required=True)
+VAE = flags.DEFINE_string("vae", None, "Folder of an autoencoder to decode with in place of the model's own.")
 TEXT = flags.DEFINE_string("text", None, "Folder of text encoders and tokenizers to use in place of the model's own.")
 PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; give it again for more pictures.", required=True)
 STEPS = flags.DEFINE_integer("steps", 4, "Sampling steps.")
+SCHEDULER = flags.DEFINE_enum("scheduler", None, list(SAMPLERS), "In place of the model's own, from its settings.")
+ETA = flags.DEFINE_float("eta", 0.0, "TCDScheduler: part of fresh noise at each step, 0 (none) to 1.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial noise.")
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "Default: 1 (none) for distilled models, 5 for others.")
 IMAGE_SIZE = flags.DEFINE_integer("image_size", 0, "Height and width in pixels; 0: what the model was trained on.")
 LATENTS = flags.DEFINE_string("latents", None, "Initial noise, .npy, float32 [N, 4, h, w], as diffusers takes it.")
 SAVE_LATENTS = flags.DEFINE_string("save_latents", None, "Where to write the initial noise, .npy.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the UNet's and text encoders' arithmetic.")
+ATTENTION = flags.DEFINE_enum("attention", "auto", BACKENDS, "How the UNet computes attention.")
+VAE_TILING = flags.DEFINE_enum("vae_tiling", "auto", TILING, "Decode in tiles; auto: pictures larger than 1024 px.")
 OUT = flags.DEFINE_string("out", "sample.png", "The picture.")
 
 
 def initial_noise(pipeline: Pipeline, num_prompts: int) -> jax.Array:
     """Noise [N, h, w, c] from --latents or --seed."""
-    unet, downscale = pipeline.unet.config, 2 ** (len(pipeline.vae.config["block_out_channels"]) - 1)
+    unet, downscale = pipeline.unet.config, pipeline.downscale
     channels = unet.get("in_channels", 4)
     if LATENTS.value is None:
         multiple = downscale * 2 ** (len(unet["block_out_channels"]) - 1)
@@ -64,31 +72,36 @@ def main():
     pipeline = load_pipeline(MODEL.value, dtype=jnp.dtype(DTYPE.value))
     if TEXT.value:
         pipeline = with_text(pipeline, TEXT.value, dtype=jnp.dtype(DTYPE.value))
-    step_table(pipeline.scheduler_config, STEPS.value)  # answers a wrong --steps before anything is compiled
+    scheduler_config = pipeline.scheduler_config
+    if SCHEDULER.value:
+        scheduler_config = scheduler_config | {"_class_name": SCHEDULER.value}
+    pipeline = dataclasses.replace(pipeline, scheduler_config=scheduler_config)
+    pipeline = pipeline.with_attention(AttentionBackend(ATTENTION.value))
+    vae = load_vae(VAE.value, pipeline, dtype=jnp.dtype(DTYPE.value)) if VAE.value else pipeline.vae
+    step_table(scheduler_config, STEPS.value, ETA.value)  # answers a mistake before anything is compiled
     noise = initial_noise(pipeline, len(PROMPT.value))
     n, height, _, _ = noise.shape
     if SAVE_LATENTS.value:
         np.save(SAVE_LATENTS.value, np.asarray(noise).transpose(0, 3, 1, 2))
-    image_size = height * 2 ** (len(pipeline.vae.config["block_out_channels"]) - 1)
+    in_tiles(vae, noise, VAE_TILING.value)  # answers a mistake, too
+    image_size = height * pipeline.downscale
     prompts = PROMPT.value if len(PROMPT.value) == n else PROMPT.value * n
-    default_scale = default_guidance_scale(pipeline.scheduler_config)
     latents = sample_latents(
         pipeline.unet,
-        pipeline.scheduler_config,
+        scheduler_config,
         noise,
         encode_prompts(pipeline, prompts, image_size),
         unconditional(pipeline, n, image_size),
-        guidance_scale=default_scale if GUIDANCE_SCALE.value is None else GUIDANCE_SCALE.value,
+        guidance_scale=default_guidance_scale(pipeline) if GUIDANCE_SCALE.value is None else GUIDANCE_SCALE.value,
         num_steps=STEPS.value,
         rng=jax.random.fold_in(jax.random.key(SEED.value), 1),
+        eta=ETA.value,
     )
-    images = decode(pipeline.vae, latents)
+    images = decode(vae, latents, VAE_TILING.value)
     out = Path(OUT.value)
     out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(images[0] if n == 1 else image_grid(images, columns=min(n, 8))).save(out)
-    print(
-        f"{out}: {n} picture{'s' if n > 1 else ''}, {STEPS.value} steps of {pipeline.scheduler_config['_class_name']}"
-    )
+    print(f"{out}: {n} picture{'s' if n > 1 else ''}, {STEPS.value} steps of {scheduler_config['_class_name']}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from mlcm_jax.distill.losses import DISTANCES
 from mlcm_jax.distill.segments import MAX_SEGMENTS
 from mlcm_jax.distill.states import SOURCES
 from mlcm_jax.errors import UserError
+from mlcm_jax.models.attention_backend import BACKENDS
 from mlcm_jax.models.lora import UNET_TARGETS
 from mlcm_jax.sharding import RULES
 
@@ -77,6 +78,7 @@ def base() -> ConfigDict:
     config.compute_dtype = "bfloat16"  # of activations and matrix products
     config.frozen_dtype = "bfloat16"  # of weights that are not trained; trained ones are float32
     config.remat = True  # recompute the blocks' activations in the backward pass
+    config.attention = "auto"  # of the UNet: xla, cudnn (GPU), flash (TPU), or auto, what suits the devices best
 
     # Devices
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # devices along each axis; -1: those left
@@ -92,6 +94,7 @@ def base() -> ConfigDict:
     config.sample.steps = (1, 2, 4, 8)  # student
     config.sample.teacher_steps = 25  # the reference
     config.sample.teacher_few_steps = 4  # the teacher where the student works
+    config.sample.preview_vae = ""  # folder of an AutoencoderTiny for the grids on the way; "": the teacher's own
     return config.lock()
 
 
@@ -163,6 +166,7 @@ _RULES = {
     "optim.clip_norm": _POSITIVE,
     "compute_dtype": _one_of("float32", "bfloat16"),
     "frozen_dtype": _one_of("float32", "bfloat16"),
+    "attention": _one_of(*BACKENDS),
     "log_every": _POSITIVE,
     "checkpoint_every": _POSITIVE,
     "keep_checkpoints": _POSITIVE,

@@ -11,26 +11,60 @@ from jaxtyping import Array, Float, UInt8
 
 from mlcm_jax.diffusion.guidance import guided_predict
 from mlcm_jax.diffusion.samplers import step_table
-from mlcm_jax.hub.pipeline import Network
+from mlcm_jax.errors import UserError
+from mlcm_jax.hub.pipeline import Network, Pipeline
 from mlcm_jax.images import to_float, to_uint8
+from mlcm_jax.models.unet import sinusoidal_embedding
+from mlcm_jax.models.vae import AutoencoderKL
 from mlcm_jax.sampling import noise_rng, walk
+from mlcm_jax.tiling import decode_in_tiles
 from mlcm_jax.types import Latents, Params, TextConditioning
 
 DISTILLED = ("TCDScheduler", "LCMScheduler")
+TILING = ("auto", "on", "off")
+# "auto" decodes larger pictures in tiles. SDXL's decoder has activations of WHOLE_GB at this size in float32, and four
+# times that at twice the side, where its attention alone has 17 GB of scores.
+LARGEST_WHOLE_SIDE = 1024
 
 
-def default_guidance_scale(scheduler_config: dict[str, Any]) -> float:
-    """1 (none) for the schedulers of distilled models, which have their guidance within; 5 for others."""
-    return 1.0 if scheduler_config["_class_name"] in DISTILLED else 5.0
+def default_guidance_scale(pipeline: Pipeline) -> float:
+    """1 (none) for the schedulers of distilled models, which have their guidance within; 5 for others.
+
+    8.5 for a student that is told its guidance scale (arXiv 2310.04378), as diffusers' pipeline for such ones has it.
+    """
+    if _guidance_width(pipeline.unet):
+        return 8.5
+    return 1.0 if pipeline.scheduler_config["_class_name"] in DISTILLED else 5.0
 
 
-@partial(jax.jit, static_argnames=("module", "prediction_type"))
-def _sample(module, prediction_type, table, variables, latents, conditioning, unconditional, guidance_scale, rng):
+def _guidance_width(unet: Network) -> int | None:
+    """Width of the guidance scale's embedding, for a student that is told it; None for all other networks."""
+    return unet.config.get("time_cond_proj_dim")
+
+
+@partial(jax.jit, static_argnames=("module", "prediction_type", "guidance_width"))
+def _sample(
+    module,
+    prediction_type,
+    guidance_width,
+    table,
+    variables,
+    latents,
+    conditioning,
+    unconditional,
+    guidance_scale,
+    rng,
+):
     predict = partial(module.apply, variables)
+    timestep_cond = None
+    if guidance_width:
+        # told w of eps_c + w (eps_c - eps_u), which is one less than the scale used elsewhere
+        told = jnp.full(latents.shape[:1], 1000 * (guidance_scale - 1))
+        timestep_cond = sinusoidal_embedding(told, guidance_width, flip_sin_to_cos=False, freq_shift=1)
 
     def network(x, timesteps):
-        if guidance_scale is None:
-            return predict(x, timesteps, conditioning)
+        if guidance_width or guidance_scale is None:
+            return predict(x, timesteps, conditioning, timestep_cond)
         return guided_predict(predict, x, timesteps, conditioning, unconditional, guidance_scale)
 
     return walk(network, prediction_type, table, latents, rng)
@@ -47,17 +81,19 @@ def sample_latents(
     num_steps: int,
     variables: Params | None = None,
     rng: Array | None = None,
+    eta: float = 0.0,
 ) -> Latents:
     """Clean latents (scaled, float32) from standard normal noise; one program serves every number of steps.
 
-    guidance_scale: a value <= 1 means no unconditional call. variables: instead of {"params": unet.params}.
-    rng: a key for samplers that add noise. Raises UserError for a scheduler or number of steps that is not supported.
+    guidance_scale: a value <= 1 means no unconditional call; a network with ``time_cond_proj_dim`` is told it instead.
+    variables: instead of {"params": unet.params}. rng: a key for samplers that add noise. eta: 0 to 1, how much of it
+    TCDScheduler adds. Raises UserError for a scheduler or number of steps that is not supported.
     """
-    table = step_table(scheduler_config, num_steps)
-    scale = jnp.float32(guidance_scale) if guidance_scale > 1 else None
+    table, width = step_table(scheduler_config, num_steps, eta), _guidance_width(unet)
+    scale = jnp.float32(guidance_scale) if width or guidance_scale > 1 else None
     variables = {"params": unet.params} if variables is None else variables
     args = (table.arrays, variables, latents, conditioning, unconditional, scale, noise_rng(table, rng))
-    return _sample(unet.module, table.prediction_type, *args)
+    return _sample(unet.module, table.prediction_type, width, *args)
 
 
 @partial(jax.jit, static_argnames=("module",))
@@ -65,10 +101,30 @@ def _decode(module, params, latents):
     return module.apply({"params": params}, latents, method="decode")
 
 
-def decode(vae: Network, latents: Latents) -> UInt8[np.ndarray, "n H W 3"]:
-    """Images of scaled latents, one at a time: a decoder's activations are large."""
-    unscaled = latents / vae.config["scaling_factor"]
-    return np.concatenate([to_uint8(_decode(vae.module, vae.params, row[None])) for row in unscaled])
+def decode(vae: Network, latents: Latents, tiling: str = "auto") -> UInt8[np.ndarray, "n H W 3"]:
+    """Images of scaled latents, one at a time: a decoder's activations are large.
+
+    tiling: "on" decodes what is larger than the autoencoder's ``sample_size`` in tiles of that size, "auto" only
+    pictures of more than 1024 px. Raises UserError for "on" with an AutoencoderTiny, which needs no tiles.
+    """
+    module: Any = vae.module
+    whole = partial(_decode, module, vae.params)
+    one = whole
+    if in_tiles(vae, latents, tiling):
+        one = partial(decode_in_tiles, whole, tile=module.config.sample_size, downscale=module.downscale)
+    return np.concatenate([to_uint8(one(row[None])) for row in latents / module.config.scaling_factor])
+
+
+def in_tiles(vae: Network, latents: Latents, tiling: str) -> bool:
+    """Whether ``decode`` takes these latents apart."""
+    module: Any = vae.module
+    if not isinstance(module, AutoencoderKL):
+        if tiling == "on":
+            raise UserError(f"{type(module).__name__} decodes pictures of any size whole: leave tiling out.")
+        return False
+    side = max(latents.shape[1:3]) * module.downscale
+    smallest = {"auto": LARGEST_WHOLE_SIDE, "on": 0, "off": side}[tiling]
+    return side > max(smallest, module.config.sample_size)
 
 
 @partial(jax.jit, static_argnames=("module",))
@@ -78,7 +134,8 @@ def _encode(module, params, images):
 
 def encode(vae: Network, images: UInt8[np.ndarray, "n H W 3"]) -> Float[np.ndarray, "n h w c"]:
     """Scaled latents (the means of the encoder's distributions), float32; compiled once for each batch size."""
-    return np.asarray(_encode(vae.module, vae.params, to_float(images)), np.float32) * vae.config["scaling_factor"]
+    module: Any = vae.module
+    return np.asarray(_encode(module, vae.params, to_float(images)), np.float32) * module.config.scaling_factor
 
 
 def draw_noise(seed: int, n: int, latent_shape: Sequence[int]) -> Latents:

@@ -15,8 +15,10 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e .[test]"
 )
-@pytest.mark.parametrize("trainable", ["full", pytest.param("lora", marks=pytest.mark.slow)])
-def test_the_step_compiles_for_a_v5e_slice(tmp_path, trainable):
+@pytest.mark.parametrize(
+    ("trainable", "attention"), [("full", "auto"), pytest.param("lora", "flash", marks=pytest.mark.slow)]
+)
+def test_the_step_compiles_for_a_v5e_slice(tmp_path, trainable, attention):
     from tiny_models import ONE_LEVEL_XL, save_sdxl
 
     teacher = tmp_path / "teacher"
@@ -28,6 +30,7 @@ def test_the_step_compiles_for_a_v5e_slice(tmp_path, trainable):
         "prompts": tmp_path / "prompts.txt",
         "sample.prompts": tmp_path / "prompts.txt",
         "trainable": trainable,
+        "attention": attention,
         "lora.rank": 4,
         "lora.targets": ("/to_(q|k|v|out_0)$", "/conv[12]$"),
         "batch_size": 4,

@@ -36,4 +36,5 @@ def _checked(features: np.ndarray) -> Float[np.ndarray, "n d"]:
 
 def _factor(features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "r d"]:
     """R with R'R = cov, r = min(n, d)."""
-    return np.linalg.qr((features - features.mean(axis=0)) / np.sqrt(len(features) - 1), mode="r")
+    centred = (features - features.mean(axis=0)) / np.sqrt(len(features) - 1)
+    return np.asarray(np.linalg.qr(centred, mode="r"))

@@ -14,7 +14,18 @@ import jax
 import numpy as np
 
 STACKED = ("transformer_blocks", "layers", "layer", "blocks")
-LISTS = ("down_blocks", "up_blocks", "resnets", "attentions", "downsamplers", "upsamplers", "to_out", "net", "layers")
+LISTS = (
+    "down_blocks",
+    "up_blocks",
+    "resnets",
+    "attentions",
+    "downsamplers",
+    "upsamplers",
+    "to_out",
+    "net",
+    "layers",
+    "conv",
+)
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 _LIST_ITEM = re.compile(rf"^({'|'.join(LISTS)})_(\d+)$")
 

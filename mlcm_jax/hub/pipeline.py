@@ -19,6 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.load import load_params, read_json
 from mlcm_jax.hub.save import save_params, write_json
+from mlcm_jax.models.attention_backend import AttentionBackend
 from mlcm_jax.types import Params, TextConditioning
 
 # pipeline class: (text encoders, tokenizers), in the order in which their states are joined
@@ -78,6 +79,10 @@ def _vae_inputs(config: Mapping[str, Any]) -> tuple:
     return (_image(2 ** len(config.get("block_out_channels", (64,)))),)
 
 
+def _tiny_vae_inputs(config: Mapping[str, Any]) -> tuple:
+    return (_image(2 ** len(config.get("num_encoder_blocks", (1, 3, 3, 3)))),)
+
+
 class NetworkClass(NamedTuple):
     """Where the Flax module of a torch class is, and the smallest inputs that its ``init`` takes."""
 
@@ -89,6 +94,7 @@ class NetworkClass(NamedTuple):
 NETWORKS = {
     "UNet2DConditionModel": NetworkClass("mlcm_jax.models.unet", "UNet2DConditionModel", _unet_inputs),
     "AutoencoderKL": NetworkClass("mlcm_jax.models.vae", "AutoencoderKL", _vae_inputs),
+    "AutoencoderTiny": NetworkClass("mlcm_jax.models.tiny_vae", "AutoencoderTiny", _tiny_vae_inputs),
     "CLIPTextModel": NetworkClass("mlcm_jax.models.clip", "CLIPTextModel", _text_inputs),
     "CLIPTextModelWithProjection": NetworkClass("mlcm_jax.models.clip", "CLIPTextModel", _text_inputs),
     "CLIPVisionModelWithProjection": NetworkClass("mlcm_jax.models.clip", "CLIPVisionModel", _vision_inputs),
@@ -121,10 +127,16 @@ class Pipeline:
     folder: Path
     tokenizer_folder: Path | None = None
 
+    def with_attention(self, attention: AttentionBackend) -> "Pipeline":
+        """The pipeline with another implementation of the UNet's attention."""
+        module: Any = self.unet.module
+        return dataclasses.replace(self, unet=dataclasses.replace(self.unet, module=module.with_attention(attention)))
+
     @property
     def downscale(self) -> int:
         """Pixels along each side of a latent."""
-        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        module: Any = self.vae.module
+        return module.downscale
 
     def networks(self) -> dict[str, Network]:
         """Networks by the name of their folder."""

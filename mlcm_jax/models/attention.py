@@ -5,13 +5,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mlcm_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm, dot_product_attention
+from mlcm_jax.models.attention_backend import AttentionBackend, dot_product_attention
+from mlcm_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm
 
 
 class Attention(nn.Module):
     """Multi-head attention of ``x`` to ``context``; queries, keys and values have no bias."""
 
     heads: int
+    backend: AttentionBackend
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -20,7 +22,8 @@ class Attention(nn.Module):
         q = Dense(width, use_bias=False, dtype=self.dtype, name="to_q")(x)
         k = Dense(width, use_bias=False, dtype=self.dtype, name="to_k")(context)
         v = Dense(width, use_bias=False, dtype=self.dtype, name="to_v")(context)
-        return Dense(width, dtype=self.dtype, name="to_out_0")(dot_product_attention(q, k, v, self.heads))
+        out = dot_product_attention(q, k, v, self.heads, backend=self.backend)
+        return Dense(width, dtype=self.dtype, name="to_out_0")(out)
 
 
 class GEGLU(nn.Module):
@@ -50,14 +53,15 @@ class BasicTransformerBlock(nn.Module):
     """Pre-norm block, in the form that nn.scan takes."""
 
     heads: int
+    backend: AttentionBackend
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "n t d"], context: Float[Array, "n s e"]):
         h = LayerNorm(dtype=self.dtype, name="norm1")(x)
-        x = x + Attention(self.heads, self.dtype, name="attn1")(h, h)
+        x = x + Attention(self.heads, self.backend, self.dtype, name="attn1")(h, h)
         h = LayerNorm(dtype=self.dtype, name="norm2")(x)
-        x = x + Attention(self.heads, self.dtype, name="attn2")(h, context)
+        x = x + Attention(self.heads, self.backend, self.dtype, name="attn2")(h, context)
         h = LayerNorm(dtype=self.dtype, name="norm3")(x)
         return x + FeedForward(self.dtype, name="ff")(h), None
 
@@ -72,6 +76,7 @@ class Transformer2DModel(nn.Module):
     heads: int
     groups: int
     use_linear_projection: bool
+    backend: AttentionBackend
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
 
@@ -88,7 +93,7 @@ class Transformer2DModel(nn.Module):
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]  (flax's own marker, typed as an int)
             length=self.num_layers,
         )
-        tokens, _ = blocks(self.heads, self.dtype, name="transformer_blocks")(tokens, context)
+        tokens, _ = blocks(self.heads, self.backend, self.dtype, name="transformer_blocks")(tokens, context)
         return x + self._project("proj_out", tokens.reshape(x.shape))
 
     def _project(self, name: str, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mlcm_jax.errors import UserError
+from mlcm_jax.models.attention_backend import dot_product_attention
 from mlcm_jax.models.config import Table, read_config
-from mlcm_jax.models.layers import ACTIVATIONS, Conv, Dense, Embedding, LayerNorm, dot_product_attention
+from mlcm_jax.models.layers import ACTIVATIONS, Conv, Dense, Embedding, LayerNorm
 
 REWARD_MEAN, REWARD_STD = 0.16717362830052426, 1.0333394966054072  # of the published weights
 HEAD_WIDTHS = (1024, 128, 64, 16, 1)

@@ -7,8 +7,9 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mlcm_jax.models.attention_backend import dot_product_attention
 from mlcm_jax.models.clip_config import TextTowerConfig, TowerConfig, VisionTowerConfig, read_clip, text_class
-from mlcm_jax.models.layers import ACTIVATIONS, Conv, Dense, Embedding, LayerNorm, dot_product_attention
+from mlcm_jax.models.layers import ACTIVATIONS, Conv, Dense, Embedding, LayerNorm
 
 LEGACY_EOS = 2  # what old config.json files say for every tokenizer; the end of text is then the largest id
 

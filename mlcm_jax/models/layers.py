@@ -175,19 +175,10 @@ class Upsample2D(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
-        n, h, w, c = x.shape
-        x = jnp.broadcast_to(x[:, :, None, :, None, :], (n, h, 2, w, 2, c)).reshape(n, 2 * h, 2 * w, c)
-        return Conv(self.features, dtype=self.dtype, name="conv")(x)
+        return Conv(self.features, dtype=self.dtype, name="conv")(upsample_nearest(x))
 
 
-def dot_product_attention(
-    q: Float[Array, "n t d"],
-    k: Float[Array, "n s d"],
-    v: Float[Array, "n s d"],
-    heads: int,
-    mask: Float[Array, "#n 1 #t s"] | None = None,
-) -> Float[Array, "n t d"]:
-    """Multi-head attention on merged heads; the softmax runs in float32. ``mask`` is true where attention may go."""
-    q_heads, k_heads, v_heads = (a.reshape(*a.shape[:2], heads, -1) for a in (q, k, v))
-    out = jax.nn.dot_product_attention(q_heads, k_heads, v_heads, mask=mask)
-    return out.reshape(q.shape)
+def upsample_nearest(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
+    """Double height and width by repeating each pixel."""
+    n, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None, :], (n, h, 2, w, 2, c)).reshape(n, 2 * h, 2 * w, c)

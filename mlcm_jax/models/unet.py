@@ -1,5 +1,6 @@
 """diffusers' UNet2DConditionModel from its config.json (SDXL, arXiv 2307.01952; SD, arXiv 2112.10752)."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mlcm_jax.models.attention import Transformer2DModel
+from mlcm_jax.models.attention_backend import AUTO, AttentionBackend
 from mlcm_jax.models.layers import Conv, Dense, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
 from mlcm_jax.models.unet_config import Depths, UNetConfig
 from mlcm_jax.types import TextConditioning
@@ -60,6 +62,7 @@ class Stage(nn.Module):
             self.num_heads,
             cfg.norm_num_groups,
             cfg.use_linear_projection,
+            cfg.attention,
             cfg.remat,
             self.dtype,
             name=f"attentions_{i}",
@@ -112,12 +115,22 @@ class UNet2DConditionModel(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], dtype=jnp.float32, remat: bool = False) -> "UNet2DConditionModel":
+    def from_config(
+        cls,
+        config: dict[str, Any],
+        dtype=jnp.float32,
+        remat: bool = False,
+        attention: AttentionBackend = AUTO,
+    ) -> "UNet2DConditionModel":
         """Build from diffusers' config.json; remat: recompute activations in the backward pass.
 
         Raises UserError for a setting that is not supported.
         """
-        return cls(UNetConfig.read(config, remat), dtype)
+        return cls(UNetConfig.read(config, remat, attention), dtype)
+
+    def with_attention(self, attention: AttentionBackend) -> "UNet2DConditionModel":
+        """The same network with another implementation of attention."""
+        return self.clone(config=dataclasses.replace(self.config, attention=attention))
 
     @nn.compact
     def __call__(

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mlcm_jax.errors import UserError
+from mlcm_jax.models.attention_backend import AttentionBackend
 from mlcm_jax.models.config import ConfigValues, Table, read_config
 
 CLASS_NAME = "UNet2DConditionModel"
@@ -93,9 +94,10 @@ class UNetConfig:
     addition_time_embed_dim: int | None  # None: no pooled state and time ids
     time_cond_proj_dim: int | None
     remat: bool
+    attention: AttentionBackend
 
     @classmethod
-    def read(cls, config: dict[str, Any], remat: bool) -> "UNetConfig":
+    def read(cls, config: dict[str, Any], remat: bool, attention: AttentionBackend) -> "UNetConfig":
         """Validate diffusers' config.json; raises UserError for a setting that is not supported."""
         values = read_config(config, CONFIG_KEYS, CLASS_NAME)
         for key in SIZES:
@@ -112,6 +114,7 @@ class UNetConfig:
             "num_heads": _num_heads(values),
             "addition_time_embed_dim": _time_ids_width(values),
             "remat": remat,
+            "attention": attention,
         }
         fields = [f.name for f in dataclasses.fields(cls)]
         return cls(**{name: read_here[name] if name in read_here else values[name] for name in fields})

@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mlcm_jax.errors import UserError
+from mlcm_jax.models.attention_backend import dot_product_attention
 from mlcm_jax.models.config import read_config
 from mlcm_jax.models.layers import (
     ACTIVATIONS,
@@ -16,7 +18,6 @@ from mlcm_jax.models.layers import (
     GroupNorm,
     ResnetBlock2D,
     Upsample2D,
-    dot_product_attention,
 )
 
 EPS = 1e-6
@@ -53,6 +54,7 @@ class VAEConfig:
     act_fn: str
     latent_channels: int
     norm_num_groups: int
+    sample_size: int  # pixels along the side of the pictures that it was trained on; of a tile, where there are any
     scaling_factor: float
     force_upcast: bool
     use_quant_conv: bool
@@ -163,8 +165,16 @@ class AutoencoderKL(nn.Module):
         values = read_config(config, CONFIG_KEYS, "AutoencoderKL")
         for key, only in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             values.require(key, (only,) * len(values["block_out_channels"]))
+        size = values["sample_size"]
+        if not isinstance(size, int) or size < 2 ** len(values["block_out_channels"]):
+            raise UserError(f"{values.source} has sample_size={size!r}, which is not supported: use a side in pixels.")
         fields = {f.name: values[f.name] for f in dataclasses.fields(VAEConfig)}
         return cls(VAEConfig(**fields), dtype)
+
+    @property
+    def downscale(self) -> int:
+        """Pixels along each side of a latent."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
 
     def setup(self):
         cfg = self.config

@@ -17,6 +17,7 @@ from mlcm_jax.distill.states import empty_pool
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import Pipeline, conditioning_shapes
 from mlcm_jax.models import lora
+from mlcm_jax.models.attention_backend import XLA, AttentionBackend
 from mlcm_jax.models.unet import UNet2DConditionModel
 from mlcm_jax.train import rng
 from mlcm_jax.train.flops import count_flops
@@ -24,7 +25,7 @@ from mlcm_jax.train.optim import make_optimizer
 from mlcm_jax.train.plan import Plan, make_plan
 from mlcm_jax.train.stages import Stage, read_stages
 from mlcm_jax.train.state import TrainState, create
-from mlcm_jax.train.step import Frozen, make_train_step
+from mlcm_jax.train.step import Frozen, StepFn, make_train_step
 from mlcm_jax.train.terms import Apply, Setting, Shapes, create_rivals
 from mlcm_jax.types import Batch, Params, TextConditioning
 
@@ -72,6 +73,11 @@ def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> P
     """
     mesh = sharding.make_mesh(config.mesh, devices)
     unet = architecture.unet
+    if unet.config.get("time_cond_proj_dim"):
+        raise UserError(
+            "The teacher's UNet has time_cond_proj_dim: it is a student that is told its guidance scale, and such "
+            "ones cannot be distilled further; name the model that it was made from."
+        )
     schedule = Schedule.from_config(architecture.scheduler_config)
     image_size, latent_shape = _sizes(config, architecture)
     _check_batch(config, mesh)
@@ -84,29 +90,41 @@ def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> P
     conditioning = _place_all(conditioning_shapes(architecture, config.batch_size), batch_sharding)
     latents = jax.ShapeDtypeStruct((config.batch_size, *latent_shape), jnp.float32, sharding=batch_sharding)
 
-    module = UNet2DConditionModel.from_config(unet.config, jnp.dtype(config.compute_dtype), remat=config.remat)
+    attention = attention_backend(config, mesh)
+    module = UNet2DConditionModel.from_config(unet.config, jnp.dtype(config.compute_dtype), config.remat, attention)
     create_state = partial(_create, stages, module.apply, schedule, Shapes(teacher, conditioning, latents))
     state = jax.eval_shape(create_state, None if config.trainable == "lora" else _cast(unet.params, jnp.float32))
     pool = _place_all(state.pool, batch_sharding)
     state = _place(state, sharding.param_shardings(state, mesh, config.sharding_rules)).replace(pool=pool)
     state_shardings = jax.tree.map(lambda a: a.sharding, state)
-    make_step = partial(
-        make_train_step,
-        module.apply,
-        schedule,
-        stage_optimizer(stages),
-        latent_shape=latent_shape,
-        constrain=lambda latents: jax.lax.with_sharding_constraint(latents, batch_sharding),
-    )
+
+    def make_step(module: UNet2DConditionModel, stage_config: ConfigDict) -> StepFn:
+        return make_train_step(
+            module.apply,
+            schedule,
+            stage_optimizer(stages),
+            stage_config,
+            latent_shape,
+            constrain=lambda latents: jax.lax.with_sharding_constraint(latents, batch_sharding),
+        )
+
+    # a kernel's products are not seen in the jaxpr
+    counted = module.with_attention(XLA)
     compiled, programs = {}, []
     for stage in stages:
-        train_step, batch = make_step(stage.config), _batch_shapes(stage.config, conditioning, latents, replicated)
-        jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, replicated))
-        flops = count_flops(train_step, state, frozen, batch, while_trips=average_trips(stage.config))
+        batch = _batch_shapes(stage.config, conditioning, latents, replicated)
+        jitted = jax.jit(make_step(module, stage.config), donate_argnums=0, out_shardings=(state_shardings, replicated))
+        trips = average_trips(stage.config)
+        flops = count_flops(make_step(counted, stage.config), state, frozen, batch, while_trips=trips)
         step = compiled.setdefault(stage.program_key(), jitted)
         programs.append(StageProgram(stage, step, batch, flops))
     plan = make_plan(programs, mesh, image_size=image_size, state=state, frozen=frozen)
     return Program(tuple(programs), state, frozen, latent_shape, image_size, schedule, mesh, plan, config, create_state)
+
+
+def attention_backend(config: ConfigDict, mesh: Mesh) -> AttentionBackend:
+    """What computes the UNet's attention on the devices of a mesh; raises UserError where they cannot."""
+    return AttentionBackend(config.attention, mesh.devices.flat[0].platform, mesh)
 
 
 def average_trips(config: ConfigDict) -> float:
@@ -156,8 +174,7 @@ def _batch_shapes(config: ConfigDict, conditioning: TextConditioning, latents, r
 
 def _sizes(config: ConfigDict, architecture: Pipeline) -> tuple[int, tuple[int, int, int]]:
     """Image size in pixels, and height, width and channels of the latents."""
-    unet, vae = architecture.unet.config, architecture.vae.config
-    downscale = 2 ** (len(vae["block_out_channels"]) - 1)
+    unet, downscale = architecture.unet.config, architecture.downscale
     image_size = config.image_size or unet["sample_size"] * downscale
     multiple = downscale * 2 ** (len(unet["block_out_channels"]) - 1)
     if image_size % multiple:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from mlcm_jax import sharding
 from mlcm_jax.checkpoint import Checkpoints
 from mlcm_jax.conditioning import unconditional
-from mlcm_jax.config import validate
+from mlcm_jax.config import base, validate
 from mlcm_jax.data.latents import LatentFile
 from mlcm_jax.data.prompts import read_prompts
 from mlcm_jax.errors import UserError
@@ -23,14 +23,23 @@ from mlcm_jax.pictures import plot_loss
 from mlcm_jax.train import loop
 from mlcm_jax.train.feed import Feed
 from mlcm_jax.train.metrics import read_metrics
-from mlcm_jax.train.program import Program, build_program
+from mlcm_jax.train.program import Program, attention_backend, build_program
 from mlcm_jax.train.stages import read_stages
 from mlcm_jax.train.step import Frozen
 from mlcm_jax.train.viewer import Viewer
 from mlcm_jax.types import Params
 
 # Settings that may change when a run goes on: they say how long, how often and on what, not what is trained.
-MAY_CHANGE = ("num_steps", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "sample", "mesh")
+MAY_CHANGE = (
+    "num_steps",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "sample_every",
+    "sample",
+    "mesh",
+    "attention",
+)
 CONFIG_FILE = "config.json"
 
 
@@ -72,12 +81,13 @@ def load_teacher(program: Program, param_dtype: Any) -> Pipeline:
     def shardings(_part, shapes):
         return sharding.param_shardings(shapes, program.mesh, config.sharding_rules)
 
-    return load_pipeline(
+    pipeline = load_pipeline(
         config.teacher,
         dtype=jnp.dtype(config.compute_dtype),
         param_dtype=param_dtype,
         shardings=shardings,
     )
+    return pipeline.with_attention(attention_backend(config, program.mesh))
 
 
 def train(program: Program, pipeline: Pipeline, feed: Feed, grid_prompts: list[str], workdir: Path) -> Params:
@@ -123,7 +133,7 @@ def restore(workdir: str | Path) -> tuple[ConfigDict, Pipeline, Params]:
     workdir = Path(workdir)
     if not (workdir / CONFIG_FILE).is_file():
         raise UserError(f"{workdir} holds no run: name the --workdir that launch/train.py was given.")
-    config = ConfigDict(read_json(workdir / CONFIG_FILE))
+    config = ConfigDict({**base().to_dict(), **read_json(workdir / CONFIG_FILE)})  # an older run lacks newer settings
     program = build_program(config, describe_teacher(config, weights_needed=True))
     state = Checkpoints(workdir / "checkpoints").restore(program.state)
     if state is None:

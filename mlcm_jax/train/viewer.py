@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -11,6 +12,7 @@ from mlcm_jax.export import ddim_scheduler_config, student_scheduler_config
 from mlcm_jax.generate import decode, draw_noise, latent_distance, sample_latents
 from mlcm_jax.hub.pipeline import Pipeline
 from mlcm_jax.hub.save import write_json
+from mlcm_jax.hub.vae import load_vae
 from mlcm_jax.images import image_grid
 from mlcm_jax.pictures import labelled_grid, plot_closeness
 from mlcm_jax.train.program import Program
@@ -26,7 +28,9 @@ class Viewer:
         self._noise = draw_noise(config.seed, n, program.latent_shape)
         self._conditioning = encode_prompts(pipeline, prompts, program.image_size)
         self._unconditional = unconditional(pipeline, n, program.image_size, config.negative_prompt)
-        self._reference = None
+        self._reference, self._preview_vae = None, pipeline.vae
+        if config.sample.preview_vae:
+            self._preview_vae = load_vae(config.sample.preview_vae, pipeline, dtype=jnp.dtype(config.compute_dtype))
 
     def teacher(self, num_steps: int) -> jax.Array:
         """Latents of the teacher, by DDIM: the solver that the student was distilled from."""
@@ -45,7 +49,7 @@ class Viewer:
     def progress(self, state: TrainState) -> np.ndarray:
         """A row of the teacher's pictures above rows of the student's, one a step count."""
         latents = [self.reference(), *(self.student(state, n) for n in self._sample.steps)]
-        images = np.concatenate([decode(self._pipeline.vae, z) for z in latents])
+        images = np.concatenate([decode(self._preview_vae, z) for z in latents])
         return image_grid(images, columns=len(self._noise))
 
     def finish(self, state: TrainState, workdir: Path) -> None:
