@@ -52,6 +52,29 @@ SSD1B = {
     "upcast_attention": None,
     "use_linear_projection": True,
 }
+VEGA = {  # Segmind-Vega, of the same work; also by hand
+    **SSD1B,
+    "reverse_transformer_layers_per_block": [[2, 2, 2], [1, 1, 1], 1],
+    "transformer_layers_per_block": [1, [1, 1], [2, 2]],
+}
+LCM_SD15 = {**SD15, "time_cond_proj_dim": 256}  # latent consistency models of Stable Diffusion 1.5
+_KL = {
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 512,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+VAES = {
+    "sd15": _KL,
+    "sdxl": {**_KL, "force_upcast": True, "sample_size": 1024, "scaling_factor": 0.13025},
+    "sdxl fp16-fix": {**_KL, "force_upcast": False, "scaling_factor": 0.13025},
+}
 
 # The judges: openai/clip-vit-large-patch14, laion/CLIP-ViT-H-14-laion2B-s32B-b79K (PickScore and HPS v2 are tuned from
 # it), laion/CLIP-ViT-g-14-laion2B-s12B-b42K, and BLIP's med_config.json, as ImageReward has it.

@@ -101,6 +101,14 @@ CONFIGS = {
     "tcd": with_class(SDXL, "TCDScheduler", original_inference_steps=1000),
     "tcd, default": with_class(SDXL, "TCDScheduler"),
     "tcd, v": with_class(SD21, "TCDScheduler", original_inference_steps=1000),
+    "tcd, zero snr": with_class(SD21, "TCDScheduler", original_inference_steps=1000, rescale_betas_zero_snr=True),
+    "tcd, sample, zero snr": with_class(
+        SD21, "TCDScheduler", prediction_type="sample", original_inference_steps=1000, rescale_betas_zero_snr=True
+    ),
+    "euler, trained betas": {**SDXL, "trained_betas": np.linspace(0.001, 0.01, 1000).tolist()},
+    "ddim, cosine": {**SD21, "beta_schedule": "squaredcos_cap_v2"},
+    "ddim, linear, sample": {**SD21, "beta_schedule": "linear", "prediction_type": "sample"},
+    "dpm, v, zero snr": with_class(SD21, "DPMSolverMultistepScheduler", rescale_betas_zero_snr=True),
     "dpm from sdxl": with_class(SDXL, "DPMSolverMultistepScheduler"),
     "dpm from sd15": with_class(SD15, "DPMSolverMultistepScheduler"),
     "dpm from sd21": with_class(SD21, "DPMSolverMultistepScheduler"),
@@ -140,6 +148,23 @@ def test_every_step_equals_diffusers(name, num_steps):
     assert_close(final, states[-1])
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 20])
+def test_euler_from_pure_noise_is_more_exact_than_diffusers(num_steps):
+    """At sigma = 4096 diffusers' step rounds x0 away in float32; ours is held against the same steps in float64."""
+    config = with_class(SD21, "EulerDiscreteScheduler", rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    scheduler, states = diffusers_states(config, num_steps, 1.0)
+    sigmas = scheduler.sigmas.double().numpy()
+    x = np.array(NOISE, np.float64) * float(scheduler.init_noise_sigma)
+    for sigma, later, t in zip(sigmas[:-1], sigmas[1:], scheduler.timesteps.numpy(), strict=True):
+        alpha = 1 / np.sqrt(1 + sigma**2)
+        z = alpha * x
+        v = np.sin(z + t / 300) + 0.3 * z + np.array(COND, np.float64)[:, None, None, None]
+        x = alpha * (z - sigma * v) + later * alpha * (sigma * z + v)
+    final, _ = run(config, num_steps)
+    assert_close(final, x)
+    np.testing.assert_allclose(states[-1], x, atol=1e-3 * np.abs(x).max())
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_guided_samples_equal_diffusers(name):
     _, states = diffusers_states(PUBLISHED[name], 12, 5.0)
@@ -162,7 +187,15 @@ def test_stochastic_tcd_equals_diffusers(monkeypatch, eta):
     assert_close(run(config, 8, rng=KEY, eta=eta)[0], states[-1])
 
 
-@pytest.mark.parametrize("changes", [{}, {"clip_sample": True, "clip_sample_range": 0.8}, {"timestep_scaling": 0.01}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+        {"clip_sample": True, "clip_sample_range": 0.8},
+        {"timestep_scaling": 0.01},
+    ],
+)
 @pytest.mark.parametrize("num_steps", [1, 4])
 def test_lcm_equals_diffusers(monkeypatch, changes, num_steps):
     feed_noise(monkeypatch, diffusers.schedulers.scheduling_lcm)

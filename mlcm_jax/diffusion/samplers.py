@@ -172,15 +172,19 @@ def _sigmas(config: ConfigValues, levels: Levels, times: np.ndarray) -> np.ndarr
 
 
 def _euler(config: ConfigValues, levels: Levels) -> StepTable:
-    """Euler steps in x = z / alpha over sigma / alpha (arXiv 2206.00364 alg. 2 without churn)."""
+    """Euler steps in x = z / alpha over sigma / alpha (arXiv 2206.00364 alg. 2 without churn).
+
+    The step to s is x0 + s eps: the same as x + (s - sigma) eps, which would lose x0 in the rounding of x where sigma
+    is 4096, at the start of a zero terminal SNR schedule.
+    """
     times = _spaced(config, levels.num_steps)
     sigmas = _sigmas(config, levels, times)
     alphas_cumprod = 1 / (1 + sigmas[:-1] ** 2)
     table = _table(
         times,
         alphas_cumprod,
-        sample=np.ones((len(times), 1)),
-        eps=_columns(np.diff(sigmas)),
+        x0=np.ones((len(times), 1)),
+        eps=_columns(sigmas[1:]),
         input_scale=np.sqrt(alphas_cumprod),
     )
     largest = sigmas.max()

@@ -40,7 +40,7 @@ def rows(jumps, num_segments, seed=0, latents=None):
 
 def check(states, jumps, num_segments, skip=20, substeps=1):
     """The state lies in its segment, and the teacher's solver leads from z_m to z_n without leaving it."""
-    z_m, t_m, z_n, t_n, edge = states
+    z_m, t_m, z_n, t_n, edge, _ = states
     jumps = np.asarray(jumps)
     np.testing.assert_array_equal(segment_of(t_m, num_segments), np.maximum(jumps - 1, 0))
     np.testing.assert_array_equal(edge, segment_edges(jnp.asarray(np.maximum(jumps - 1, 0)), num_segments)[1])

@@ -13,6 +13,7 @@ from torch_weights import named_shapes
 from mlcm_jax.hub.load import read_json
 from mlcm_jax.hub.pipeline import network_shapes, read_architecture
 from mlcm_jax.models.unet import UNet2DConditionModel
+from mlcm_jax.models.vae import AutoencoderKL
 
 SDXL = Path(__file__).parents[2] / "configs" / "architectures" / "sdxl"
 
@@ -52,7 +53,18 @@ def test_names_and_shapes_are_torch(networks, part, class_name):
     assert named_shapes(networks[part].params) == torch_shapes(config, class_name)
 
 
-@pytest.mark.parametrize(("name", "millions"), [("SD15", 859.5), ("SD21", 865.9), ("SSD1B", 1331)])
+@pytest.mark.parametrize("name", configs_full_size.VAES)
+def test_autoencoders_names_and_shapes_are_torch(name):
+    config = configs_full_size.VAES[name]
+    module = AutoencoderKL.from_config(config)
+    assert named_shapes(network_shapes(module, config)) == torch_shapes(config, "AutoencoderKL")
+    assert module.config.force_upcast == (name != "sdxl fp16-fix")  # diffusers' default is to upcast
+    assert module.config.scaling_factor == (0.18215 if name == "sd15" else 0.13025)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("SD15", 859.5), ("SD21", 865.9), ("SSD1B", 1331), ("VEGA", 745.2), ("LCM_SD15", 859.6)]
+)
 def test_other_unets_names_and_shapes_are_torch(name, millions):
     config = getattr(configs_full_size, name)
     ours = named_shapes(network_shapes(UNet2DConditionModel.from_config(config), config))
