@@ -123,7 +123,7 @@ def losses(workdir: Path) -> list[tuple[int, float, float]]:
 def test_a_run_says_what_it_does_and_leaves_all_its_files(finished):
     workdir, out, err = finished
     lines = out.splitlines()
-    assert [line.split()[0] for line in lines[:6]] == ["teacher", "training", "devices", "images", "work", "memory"]
+    assert [line.split()[0] for line in lines[:6]] == ["teacher", "training", "devices", "images", "stage", "memory"]
     assert "1 x cpu, mesh data 1 x fsdp 1 x tensor 1" in out and "32 x 32 px" in out
     assert lines[6:] == [f"The student is in {workdir / 'export'}, its pictures are in {workdir / 'samples'}."]
     bar = err.replace("\r", "\n").strip().splitlines()
