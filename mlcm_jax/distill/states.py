@@ -95,6 +95,12 @@ def streaming(source: Source, rows: Rows, pool: Pool | None) -> tuple[States, Po
     t_n, edge = source.short_step(rows, t_m)
     x0 = source.teacher_x0(z_m, t_m)
 
+    num_steps = source.config.solver_steps
+    times = equal_jumps(t_m, t_n, num_steps, num_steps + 1)
+    z_n = ddim_step(source.schedule, z_m, x0, t_m, times[1])
+    if num_steps > 1:
+        z_n = walk(source.teacher_x0, source.schedule, z_n, times[1:], 0, num_steps - 1)[1]
+
     # A row whose trajectory ends here draws a last, unused jump: the next step starts it afresh.
     following = jnp.minimum(rows.jumps, rows.num_segments - 1)
     t_next = jnp.minimum(source.draw_timesteps(following, rows.num_segments), t_m - 1)
@@ -103,12 +109,8 @@ def streaming(source: Source, rows: Rows, pool: Pool | None) -> tuple[States, Po
         z_next = dpmpp_2m_step(source.schedule, z_m, x0, pool.x0_prev, t_prev, t_m, t_next)
     else:
         z_next = ddim_step(source.schedule, z_m, x0, t_m, t_next)
-
-    num_steps = source.config.solver_steps
-    times = equal_jumps(t_m, t_n, num_steps, num_steps + 1)
-    z_n = ddim_step(source.schedule, z_m, x0, t_m, times[1])
-    if num_steps > 1:
-        z_n = walk(source.teacher_x0, source.schedule, z_n, times[1:], 0, num_steps - 1)[1]
+    # Where both lead to the same timestep, the smaller steps were the more exact ones.
+    z_next = jnp.where((t_next == t_n)[:, None, None, None], z_n, z_next)
     return States(z_m, t_m, z_n, t_n, edge), Pool(z_next, t_next, x0, t_m)
 
 

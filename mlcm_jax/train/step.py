@@ -16,6 +16,7 @@ from mlcm_jax.diffusion.parameterization import predict_x0_eps
 from mlcm_jax.diffusion.schedule import Schedule
 from mlcm_jax.distill.consistency import JUMPS
 from mlcm_jax.distill.losses import DISTANCES
+from mlcm_jax.distill.segments import NUM_TIMESTEPS
 from mlcm_jax.distill.states import SOURCES, Rows, Source
 from mlcm_jax.train import rng
 from mlcm_jax.train.optim import update_ema
@@ -32,6 +33,11 @@ class Frozen:
 
     teacher: Params
     unconditional: TextConditioning
+
+
+def ends_at_edge(config: ConfigDict) -> bool:
+    """Whether the teacher always goes to the segment's end, where the jump to the edge is the identity."""
+    return config.target == "edge" and config.skip >= NUM_TIMESTEPS
 
 
 def make_train_step(
@@ -69,8 +75,11 @@ def make_train_step(
         rows = Rows(batch.jumps, batch.num_segments, constrain(noise), batch.latents)
         (z_m, t_m, z_n, t_n, edge, clean), pool = draw_states(source, rows, state.pool)
 
-        target_params = state.params if config.target_network == "student" else state.ema
-        target = jump(schedule, z_n, student_x0(target_params, z_n, t_n), t_n, edge)
+        if ends_at_edge(config):
+            target = z_n
+        else:
+            target_params = state.params if config.target_network == "student" else state.ema
+            target = jump(schedule, z_n, student_x0(target_params, z_n, t_n), t_n, edge)
 
         def seen(x0, name):
             key = rng.stream(config.seed, name, state.step)

@@ -159,3 +159,16 @@ def test_streamed_states_converge_to_the_exact_flow_when_segments_are_many():
     errors = [error(m) for m in (12, 24, 48)]
     assert errors[0] > 1e-3
     np.testing.assert_allclose(np.log2(errors[0] / errors[2]) / 2, 1.0, atol=0.35)
+
+
+def test_at_milestones_a_trajectory_goes_on_from_the_teachers_substeps():
+    """Whole segments end where the next state lies: it is z_n, not one long jump there."""
+    drawn = {"timesteps": "milestones", "skip": 1000, "solver_steps": 4}
+    pool = empty_pool(2, LATENT_SHAPE)
+    for jumps in (0, 1, 2, 3):
+        states, pool = streaming(source(**drawn), rows([jumps] * 2, 4, jumps), pool)
+        single = ddim_step(SCHEDULE, states.z_m, TEACHER.x0(states.z_m, states.t_m), states.t_m, states.t_n)
+        if jumps > 0:  # the first jump goes from 999 to 998, within the first segment
+            np.testing.assert_array_equal(pool.t, states.t_n)
+            np.testing.assert_array_equal(pool.z, states.z_n)
+            assert float(jnp.abs(single - states.z_n).max()) > 1e-3

@@ -88,9 +88,12 @@ def toy_state(student, optimizer, n, **values):
     return create(student, optimizer, pool=empty_pool(n, LATENT_SHAPE), **values)
 
 
-@pytest.mark.parametrize(("states", "jumps"), [("mds", 1), ("mds", 2), ("mds", 3), ("streaming", 0)])
-def test_gradients_are_those_of_the_loss_with_teacher_and_target_held_fixed(states, jumps):
-    config = settings(num_segments=3, skip=60, states=states)
+@pytest.mark.parametrize(
+    ("states", "jumps", "skip"),
+    [("mds", 1, 60), ("mds", 2, 60), ("mds", 3, 60), ("mds", 2, 1000), ("streaming", 0, 60), ("streaming", 0, 1000)],
+)
+def test_gradients_are_those_of_the_loss_with_teacher_and_target_held_fixed(states, jumps, skip):
+    config = settings(num_segments=3, skip=skip, states=states)
     student, teacher = toy_params(1), toy_params(2)
     unconditional, batch = toy_conditioning(1, 4), toy_batch(4, 3, [jumps] * 4, 3)
     optimizer = optax.sgd(1.0)
