@@ -17,7 +17,9 @@ def get_config() -> ConfigDict:
     config.trainable = "lora"
     config.lora.rank, config.lora.alpha = 16, 16.0
     config.num_segments = 8
+    config.timesteps = "uniform"
     config.skip = 20
+    config.solver_steps = 1
     config.num_steps = 8000
     config.optim.schedule = "constant"
     config.optim.warmup_steps = 100

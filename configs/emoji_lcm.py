@@ -18,6 +18,9 @@ def get_config() -> ConfigDict:
     config.latents = "runs/emoji_latents.safetensors"
     config.states = "data"
     config.num_segments = 1
+    config.timesteps = "uniform"
+    config.skip = 20
+    config.solver_steps = 1
     config.target = "x0"
     config.target_network = "ema"
     config.ema_decay = 0.95
