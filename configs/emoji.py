@@ -16,8 +16,8 @@ def get_config() -> ConfigDict:
     config.teacher = "examples/emoji/teacher"
     config.prompts = "examples/emoji/prompts/train.txt"
     config.num_segments = 4
-    # A short run. The teacher itself goes to the segment's end, so that no step waits for what earlier ones learned, and
-    # states lie where 4 steps start: the distance of the 4-step pictures of grid.txt fell by 8 % (guidance 5, 500 steps).
+    # A short run. The teacher itself goes to the segment's end, so that no step waits for what earlier ones learned;
+    # states lie where 4 steps start, which took 8 % off the 4-step distance on grid.txt (guidance 5, 500 steps).
     config.timesteps = "milestones"
     config.skip = 1000
     config.solver_steps = 2
