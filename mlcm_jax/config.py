@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from mlcm_jax.distill.consistency import JUMPS
 from mlcm_jax.distill.losses import DISTANCES
+from mlcm_jax.distill.preference import FORMS
 from mlcm_jax.distill.segments import MAX_SEGMENTS
 from mlcm_jax.distill.states import SOURCES
 from mlcm_jax.errors import UserError
@@ -58,6 +59,14 @@ def base() -> ConfigDict:
     config.adversarial.learning_rate = 1e-4  # of the discriminator's heads
     config.adversarial.updates = 1  # of the heads, for each of the student
     config.adversarial.width = 64  # channels of a head
+    config.preference = ConfigDict()
+    config.preference.weight = 0.0
+    config.preference.scorer = ""  # NAME=FOLDER of a judge of docs/judging.md: clip=examples/emoji/scorer
+    config.preference.guard = ""  # NAME=FOLDER of another judge, whose score is reported and never learnt from
+    config.preference.form = "refl"  # 1e-3 relu(target - score), or margin: relu(target - score) + relu(negative score)
+    config.preference.target = 2.0  # score from which on there is no loss
+    config.preference.negative_prompt = ""  # of the margin form
+    config.preference.decoder = ""  # folder of an AutoencoderTiny or another autoencoder; "": the teacher's own
 
     # Length and optimizer
     config.seed = 0
@@ -117,6 +126,10 @@ def validate(config: ConfigDict) -> None:
             f"config.adversarial needs clean latents to tell from, and states={config.states!r} has none: use student "
             "or data."
         )
+    if config.preference.weight > 0 and not config.preference.scorer:
+        raise UserError("config.preference.weight needs config.preference.scorer: name a judge, such as clip=FOLDER.")
+    if config.preference.form == "margin" and not config.preference.negative_prompt:
+        raise UserError("config.preference.form='margin' needs config.preference.negative_prompt: give one.")
 
 
 def _one_of(*values):
@@ -150,6 +163,8 @@ _RULES = {
     "adversarial.learning_rate": _POSITIVE,
     "adversarial.updates": _POSITIVE,
     "adversarial.width": ((lambda v: v >= 2 and v % 2 == 0), "an even number above 0"),
+    "preference.weight": _NOT_NEGATIVE,
+    "preference.form": _one_of(*FORMS),
     "target": _one_of(*JUMPS),
     "target_network": _one_of("student", "ema"),
     "guidance_scale": _POSITIVE,

@@ -95,7 +95,11 @@ def train(program: Program, pipeline: Pipeline, feed: Feed, grid_prompts: list[s
     config = program.config
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(json.loads(config.to_json()), workdir / CONFIG_FILE)
-    frozen = Frozen(pipeline.unet.params, unconditional(pipeline, 1, program.image_size, config.negative_prompt))
+    frozen = Frozen(
+        pipeline.unet.params,
+        unconditional(pipeline, 1, program.image_size, config.negative_prompt),
+        program.auxiliary.placed(program.frozen.auxiliary, pipeline.vae),
+    )
     viewer = Viewer(program, pipeline, grid_prompts)
 
     state = loop.run(

@@ -19,9 +19,10 @@ from mlcm_jax.distill.losses import DISTANCES
 from mlcm_jax.distill.segments import NUM_TIMESTEPS
 from mlcm_jax.distill.states import SOURCES, Rows, Source
 from mlcm_jax.train import rng
+from mlcm_jax.train.auxiliary import Auxiliary
 from mlcm_jax.train.optim import update_ema
 from mlcm_jax.train.state import TrainState, student_variables
-from mlcm_jax.train.terms import Apply, Inputs, Setting, active_terms, train_rival
+from mlcm_jax.train.terms import Apply, Inputs, Setting, active_terms, rival_terms, train_rival
 from mlcm_jax.types import Batch, Latents, Params, TextConditioning
 
 StepFn = Callable[[TrainState, "Frozen", Batch], tuple[TrainState, dict[str, Array]]]
@@ -29,10 +30,12 @@ StepFn = Callable[[TrainState, "Frozen", Batch], tuple[TrainState, dict[str, Arr
 
 @flax.struct.dataclass
 class Frozen:
-    """What is never trained: the teacher's weights, and the conditioning of its unconditional branch (one row)."""
+    """What is never trained: the teacher's weights, the conditioning of its unconditional branch (one row), and the
+    weights of other networks by their role (train.auxiliary)."""
 
     teacher: Params
     unconditional: TextConditioning
+    auxiliary: dict[str, Params] = flax.struct.field(default_factory=dict)
 
 
 def ends_at_edge(config: ConfigDict) -> bool:
@@ -47,14 +50,17 @@ def make_train_step(
     config: ConfigDict,
     latent_shape: tuple[int, int, int],
     constrain: Callable[[Latents], Latents] = lambda latents: latents,
+    auxiliary: Auxiliary = Auxiliary(),  # noqa: B008  (frozen)
 ) -> StepFn:
     """The update (state, frozen, batch) -> (state, metrics) of one stage.
 
     apply: (variables, latents, timesteps, conditioning) -> the denoiser's own prediction. latent_shape: height, width
-    and channels of the latents. constrain: puts the sharding of the batch on latents.
+    and channels of the latents. constrain: puts the sharding of the batch on latents. auxiliary: what the weights in
+    ``frozen.auxiliary`` belong to.
     """
     draw_states, jump, distance = SOURCES[config.states], JUMPS[config.target], DISTANCES[config.distance]
-    terms = active_terms(Setting(apply, schedule, config))
+    setting = Setting(apply, schedule, config, auxiliary)
+    terms, rivals_of = active_terms(setting), rival_terms(setting)
 
     def train_step(state: TrainState, frozen: Frozen, batch: Batch):
         n, conditioning = batch.jumps.shape[0], batch.conditioning
@@ -83,7 +89,8 @@ def make_train_step(
 
         def seen(x0, name):
             key = rng.stream(config.seed, name, state.step)
-            return Inputs(x0, clean, conditioning, frozen.teacher, teacher_x0, key)
+            weights = frozen.auxiliary
+            return Inputs(x0, clean, conditioning, frozen.teacher, teacher_x0, key, weights, batch.judge_tokens)
 
         def loss_fn(params):
             x0 = student_x0(params, z_m, t_m)
@@ -91,7 +98,9 @@ def make_train_step(
             losses = {"consistency": distance(prediction, jax.lax.stop_gradient(target)).mean()}
             loss = config.consistency_weight * losses["consistency"]
             for name, term in terms.items():
-                losses[name] = term.loss(state.rivals[name].params, seen(x0, name))
+                rival = state.rivals[name].params if name in rivals_of else {}
+                losses[name], reported = term.loss(rival, seen(x0, name))
+                losses |= {f"{name}_{key}": value for key, value in reported.items()}
                 loss += config[name].weight * losses[name]
             return loss, (losses, x0)
 
@@ -101,7 +110,7 @@ def make_train_step(
         ema = None if state.ema is None else update_ema(state.ema, params, config.ema_decay)
 
         rivals = dict(state.rivals)
-        for name, term in terms.items():
+        for name, term in rivals_of.items():
             inputs = seen(jax.lax.stop_gradient(x0), f"{name}_rival")
             rivals[name], losses[f"{name}_rival"] = train_rival(term, rivals[name], inputs, config, name)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "num_segments": batch.num_segments}
