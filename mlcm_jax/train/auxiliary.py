@@ -1,6 +1,7 @@
 """Frozen networks beside the teacher, by their role in the loss: what they are, their weights, and what they answer.
 
 decoder: latents to pictures, for the preference term. scorer, guard: judges of those pictures.
+latent_lpips: a learnt distance of latents.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict
 from mlcm_jax.errors import UserError
 from mlcm_jax.evaluation.judge import Judge
 from mlcm_jax.evaluation.scorers import JUDGES, parse_places
-from mlcm_jax.hub.pipeline import Network, Pipeline
+from mlcm_jax.hub.pipeline import Network, Pipeline, load_network
 from mlcm_jax.hub.vae import load_vae
 from mlcm_jax.types import Latents, Params
 
@@ -30,17 +31,21 @@ class Auxiliary:
 
     decoder: Network | None = None
     judges: Mapping[str, Judge] = dataclasses.field(default_factory=dict)
+    latent_lpips: Network | None = None
 
     def params(self) -> dict[str, Params]:
         """Weights by role; of the decoder only what decodes."""
-        decoder = {} if self.decoder is None else {"decoder": _decoding(self.decoder.params)}
-        return decoder | {role: judge.params for role, judge in self.judges.items()}
+        params = {role: judge.params for role, judge in self.judges.items()}
+        if self.decoder is not None:
+            params["decoder"] = _decoding(self.decoder.params)
+        if self.latent_lpips is not None:
+            params["latent_lpips"] = self.latent_lpips.params
+        return params
 
     def shapes(self, dtype: Any) -> dict[str, Params]:
-        """ShapeDtypeStructs of the weights: of judges in ``dtype``, of the decoder in float32."""
-        dtypes = {"decoder": jnp.float32}
+        """ShapeDtypeStructs of the weights: of judges in ``dtype``, of the others in float32."""
         return {
-            role: jax.tree.map(partial(_shape, dtype=dtypes.get(role, dtype)), tree)
+            role: jax.tree.map(partial(_shape, dtype=dtype if role in self.judges else jnp.float32), tree)
             for role, tree in self.params().items()
         }
 
@@ -64,6 +69,13 @@ class Auxiliary:
         """What the judge of a role says of pictures in [-1, 1]."""
         return self.judges[role].reward(params[role], images, tokens)
 
+    def latent_distance(self, params: Mapping[str, Params], a: Latents, b: Latents) -> Float[Array, " n"]:
+        """The learnt distance of each pair of scaled latents."""
+        if self.latent_lpips is None:
+            raise ValueError("no stage of this run has a learnt distance")
+        distances: Any = self.latent_lpips.module.apply({"params": params["latent_lpips"]}, a, b)
+        return distances
+
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Int[np.ndarray, "n t"]]:
         """The prompts as each judge reads them."""
         return {role: judge.tokenize(prompts) for role, judge in self.judges.items()}
@@ -80,9 +92,11 @@ def read_auxiliary(configs: Sequence[ConfigDict], architecture: Pipeline) -> Aux
     Weights of judges are read here, before anything is compiled. Raises UserError for an unknown judge, a guard that
     is the scorer, a negative prompt for a scorer that reads no prompts, and as the loaders of the networks do.
     """
+    measured = [config.latent_lpips for config in configs if config.distance == "latent_lpips"]
+    latent_lpips = _read_latent_lpips(measured[0], architecture) if measured else None
     used = [config for config in configs if config.preference.weight > 0]
     if not used:
-        return Auxiliary()
+        return Auxiliary(latent_lpips=latent_lpips)
     settings, dtype = used[0].preference, jnp.dtype(used[0].compute_dtype)
     places = {role: settings[role] for role in ("scorer", "guard") if settings[role]}
     if len(set(places.values())) < len(places):
@@ -93,12 +107,23 @@ def read_auxiliary(configs: Sequence[ConfigDict], architecture: Pipeline) -> Aux
             f"config.preference.form='margin' needs a scorer that reads prompts, which {settings.scorer!r} does not: "
             "use refl."
         )
-    return Auxiliary(_read_decoder(settings.decoder, architecture, dtype), judges)
+    return Auxiliary(_read_decoder(settings.decoder, architecture, dtype), judges, latent_lpips)
 
 
 def _read_judge(role: str, place: str, dtype: Any) -> Judge:
     ((name, folder),) = parse_places(f"config.preference.{role}", [place], tuple(JUDGES)).items()
     return JUDGES[name](folder, dtype=dtype)
+
+
+def _read_latent_lpips(folder: str, architecture: Pipeline) -> Network:
+    network = load_network(folder, "LatentLPIPS")
+    channels, own = network.config.get("latent_channels", 4), architecture.unet.config.get("in_channels", 4)
+    if channels != own:
+        raise UserError(
+            f"config.latent_lpips={folder!r} reads latents of {channels} channels, and the teacher's have {own}: learn "
+            "one for this teacher with launch/train_lpips.py."
+        )
+    return network
 
 
 def _read_decoder(folder: str, architecture: Pipeline, dtype: Any) -> Network:

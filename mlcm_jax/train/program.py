@@ -25,7 +25,7 @@ from mlcm_jax.train.flops import count_flops
 from mlcm_jax.train.optim import make_optimizer
 from mlcm_jax.train.plan import Plan, make_plan
 from mlcm_jax.train.stages import Stage, read_stages
-from mlcm_jax.train.state import TrainState, create
+from mlcm_jax.train.state import TrainState, create, with_guidance_embedding
 from mlcm_jax.train.step import Frozen, StepFn, make_train_step
 from mlcm_jax.train.terms import Apply, Setting, Shapes, create_rivals
 from mlcm_jax.types import Batch, Params, TextConditioning
@@ -95,8 +95,8 @@ def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> P
     conditioning = _place_all(conditioning_shapes(architecture, config.batch_size), batch_sharding)
     latents = jax.ShapeDtypeStruct((config.batch_size, *latent_shape), jnp.float32, sharding=batch_sharding)
 
-    attention = attention_backend(config, mesh)
-    module = UNet2DConditionModel.from_config(unet.config, jnp.dtype(config.compute_dtype), config.remat, attention)
+    attention, remat = attention_backend(config, mesh), config.remat and config.remat_policy
+    module = UNet2DConditionModel.from_config(unet.config, jnp.dtype(config.compute_dtype), remat, attention)
     create_state = partial(_create, stages, module.apply, schedule, Shapes(teacher, conditioning, latents))
     state = jax.eval_shape(create_state, None if config.trainable == "lora" else _cast(unet.params, jnp.float32))
     pool = _place_all(state.pool, batch_sharding)
@@ -112,6 +112,7 @@ def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> P
             latent_shape,
             constrain=lambda latents: jax.lax.with_sharding_constraint(latents, batch_sharding),
             auxiliary=auxiliary,
+            student_apply=module.with_guidance_embedding(config.guidance_embedding_dim).apply,
         )
 
     # a kernel's products are not seen in the jaxpr
@@ -154,7 +155,7 @@ def _create(
         key = rng.stream(config.seed, "init", 0)
         params = lora.init(key, shapes.teacher, config.lora.rank, config.lora.targets)
     else:
-        params = cast(Params, teacher)
+        params = with_guidance_embedding(cast(Params, teacher), config.guidance_embedding_dim)
     n, height, width, channels = shapes.latents.shape
     pool, rivals = None, {}
     for stage in stages:
@@ -196,11 +197,12 @@ def _sizes(config: ConfigDict, architecture: Pipeline) -> tuple[int, tuple[int, 
 
 
 def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.batch_size % ways:
+    ways, parts = mesh.shape["data"] * mesh.shape["fsdp"], config.microbatches
+    if config.batch_size % (ways * parts):
+        in_parts = f" in {parts} microbatches" if parts > 1 else ""
         raise UserError(
-            f"config.batch_size={config.batch_size} cannot be spread over {ways} devices (data x fsdp): "
-            f"use a multiple of {ways}."
+            f"config.batch_size={config.batch_size} cannot be spread over {ways} devices (data x fsdp){in_parts}: "
+            f"use a multiple of {ways * parts}."
         )
 
 

@@ -22,12 +22,21 @@ from mlcm_jax.distill import adversarial, matching
 from mlcm_jax.distill.preference import FORMS
 from mlcm_jax.distill.trajectory import PredictX0
 from mlcm_jax.models.discriminator import DiscriminatorHeads, block_features, is_encoder_block
+from mlcm_jax.models.unet import guidance_embedding
 from mlcm_jax.train.auxiliary import Auxiliary
+from mlcm_jax.train.microbatches import LossFn, value_and_grad
 from mlcm_jax.train.state import Rival, student_variables
-from mlcm_jax.types import Latents, Params, TextConditioning
+from mlcm_jax.types import Latents, Params, TextConditioning, Timesteps
 
 # the denoiser's own prediction: (variables, latents, timesteps, conditioning, **flax's options)
 Apply = Callable[..., Any]
+
+
+class Told(NamedTuple):
+    """What is asked of the denoisers, a row an example."""
+
+    conditioning: TextConditioning
+    guidance_scale: Float[Array, " n"]
 
 
 class Inputs(NamedTuple):
@@ -37,7 +46,7 @@ class Inputs(NamedTuple):
 
     x0: Latents
     clean: Latents | None
-    conditioning: TextConditioning
+    told: Told
     teacher: Params
     teacher_x0: PredictX0
     key: Key[Array, ""]
@@ -84,6 +93,14 @@ class Setting:
     schedule: Schedule
     config: ConfigDict
     auxiliary: Auxiliary = Auxiliary()  # noqa: RUF009  (frozen)
+    student_apply: Apply | None = None
+
+    def student_output(self, variables: Params, z: Latents, t: Timesteps, told: Told) -> Latents:
+        """The prediction of the student, or of a network like it: told its guidance scale, or not."""
+        if not self.config.guidance_embedding_dim:
+            return self.apply(variables, z, t, told.conditioning)
+        embedding = guidance_embedding(told.guidance_scale, self.config.guidance_embedding_dim)
+        return cast(Apply, self.student_apply)(variables, z, t, told.conditioning, embedding)
 
     def renoise(self, inputs: Inputs, latents: Latents) -> tuple[Latents, Latents, Array]:
         """Latents noised to random timesteps, the noise and the timesteps: the same for every call with a key."""
@@ -101,7 +118,7 @@ class DistributionMatching(Setting):
 
     def _output(self, rival, inputs, z, t):
         variables = student_variables(rival, inputs.teacher, self.config)
-        return self.apply(variables, z, t, inputs.conditioning)
+        return self.student_output(variables, z, t, inputs.told)
 
     def loss(self, rival, inputs):
         z, _, t = self.renoise(inputs, inputs.x0)
@@ -138,7 +155,7 @@ class Adversarial(Setting):
 
     def _logits(self, rival, inputs, latents):
         z, _, t = self.renoise(inputs, latents)
-        features = self._features(inputs.teacher, z, t, inputs.conditioning)
+        features = self._features(inputs.teacher, z, t, inputs.told.conditioning)
         return cast(list[Array], self.heads.apply({"params": rival}, features))
 
     def loss(self, rival, inputs):
@@ -205,14 +222,16 @@ def create_rivals(setting: Setting, key: Key[Array, ""], student: Params, shapes
     return rivals
 
 
-def train_rival(term: RivalTerm, rival: Rival, inputs: Inputs, config: ConfigDict, name: str) -> tuple[Rival, Array]:
+def train_rival(
+    loss_fn: LossFn, rival: Rival, rows: Any, key: Key[Array, ""], config: ConfigDict, name: str
+) -> tuple[Rival, Array]:
     """``updates`` updates of a rival on the student's latents, each with other noise; returns its last loss."""
     optimizer = rival_optimizer(config, name)
 
     def update(i, carry):
         rival, _ = carry
-        seen = inputs._replace(key=jax.random.fold_in(inputs.key, i))
-        loss, grads = jax.value_and_grad(term.rival_loss)(rival.params, seen)
+        again = jax.random.fold_in(key, i)
+        (loss, _), grads = value_and_grad(loss_fn, rival.params, rows, again, config.microbatches)
         updates, opt_state = optimizer.update(grads, rival.opt_state, rival.params)
         return Rival(cast(Params, optax.apply_updates(rival.params, updates)), opt_state), loss
 

@@ -23,7 +23,7 @@ from mlcm_jax.train.agenda import rows_at
 from mlcm_jax.train.auxiliary import read_auxiliary
 from mlcm_jax.train.program import build_program
 from mlcm_jax.train.step import Frozen
-from mlcm_jax.train.terms import Inputs, Preference
+from mlcm_jax.train.terms import Inputs, Preference, Told
 
 EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
 SCORER, TEACHER = EMOJI / "scorer", EMOJI / "teacher"
@@ -181,7 +181,7 @@ def test_preference_raises_the_score_and_never_learns_from_the_guard():
     def loss(auxiliary):
         def of(x0):
             tokens = auxiliary.tokenize(["red heart", "sun"])
-            seen = Inputs(x0, None, None, {}, None, jax.random.key(0), auxiliary.params(), tokens)
+            seen = Inputs(x0, None, Told(None, None), {}, None, jax.random.key(0), auxiliary.params(), tokens)
             return Preference(None, SCHEDULE, config, auxiliary).loss({}, seen)
 
         return jax.jit(jax.value_and_grad(of, has_aux=True))
