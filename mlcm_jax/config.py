@@ -7,12 +7,15 @@ from ml_collections import ConfigDict
 
 from mlcm_jax.distill.consistency import JUMPS
 from mlcm_jax.distill.losses import DISTANCES
+from mlcm_jax.distill.preference import FORMS
 from mlcm_jax.distill.segments import MAX_SEGMENTS
 from mlcm_jax.distill.states import SOURCES
 from mlcm_jax.errors import UserError
 from mlcm_jax.models.attention_backend import BACKENDS
 from mlcm_jax.models.lora import UNET_TARGETS
+from mlcm_jax.models.remat import REMAT_POLICIES
 from mlcm_jax.sharding import RULES
+from mlcm_jax.train.optim import OPTIMIZERS
 
 
 def base() -> ConfigDict:
@@ -36,10 +39,12 @@ def base() -> ConfigDict:
     config.solver_steps = 1  # guided DDIM steps that the teacher moves it in
     config.guidance_scale = 8.0  # w of the teacher that is distilled into the student
     config.guidance_scale_max = 0.0  # w is drawn between guidance_scale and this for each trajectory; 0: fixed
+    config.guidance_embedding_dim = 0  # numbers that tell the student its w (LCM: 256); 0: it has one w in its weights
     config.negative_prompt = ""  # for the teacher's unconditional branch; "": what its pipeline does without one
     config.target = "edge"  # what is compared: the jumps to the segment's end (edge), or the clean latents (x0)
     config.target_network = "student"  # that jumps from the teacher's state: student, or ema (needs ema_decay)
-    config.distance = "l2"  # between the two: l2 or pseudo_huber
+    config.distance = "l2"  # between the two: l2, pseudo_huber or latent_lpips
+    config.latent_lpips = ""  # folder of launch/train_lpips.py, for latent_lpips
     config.consistency_weight = 1.0  # of that distance in the loss
     config.trainable = "full"  # full: all weights of the UNet; lora: low-rank factors beside the frozen teacher
     config.lora = ConfigDict()
@@ -58,26 +63,38 @@ def base() -> ConfigDict:
     config.adversarial.learning_rate = 1e-4  # of the discriminator's heads
     config.adversarial.updates = 1  # of the heads, for each of the student
     config.adversarial.width = 64  # channels of a head
+    config.preference = ConfigDict()
+    config.preference.weight = 0.0
+    config.preference.scorer = ""  # NAME=FOLDER of a judge of docs/judging.md: clip=examples/emoji/scorer
+    config.preference.guard = ""  # NAME=FOLDER of another judge, whose score is reported and never learnt from
+    config.preference.form = "refl"  # 1e-3 relu(target - score), or margin: relu(target - score) + relu(negative score)
+    config.preference.target = 2.0  # score from which on there is no loss
+    config.preference.negative_prompt = ""  # of the margin form
+    config.preference.decoder = ""  # folder of an AutoencoderTiny or another autoencoder; "": the teacher's own
 
     # Length and optimizer
     config.seed = 0
     config.num_steps = 12_000
     config.stages = ()  # changes in the course of the run, such as ({"start": 6000, "num_segments": 4},)
     config.batch_size = 16  # prompts a step, over all devices
+    config.microbatches = 1  # parts that the batch's gradient is computed in, one after the other, to save memory
     config.optim = ConfigDict()
+    config.optim.name = "adamw"  # or adafactor, whose second moments of matrices are a row and a column
     config.optim.learning_rate = 1e-4
     config.optim.schedule = "constant"  # after the warm-up: constant, cosine or linear (both end at 0)
     config.optim.warmup_steps = 100
     config.optim.clip_norm = 1.0  # global norm of the gradient
-    config.optim.b1 = 0.9
+    config.optim.b1 = 0.9  # of adamw, as are b2, eps and moment_dtype
     config.optim.b2 = 0.999
     config.optim.eps = 1e-8
+    config.optim.moment_dtype = "float32"  # of the first moments; bfloat16 takes half their memory
     config.optim.weight_decay = 0.0
 
     # Precision and memory
     config.compute_dtype = "bfloat16"  # of activations and matrix products
     config.frozen_dtype = "bfloat16"  # of weights that are not trained; trained ones are float32
     config.remat = True  # recompute the blocks' activations in the backward pass
+    config.remat_policy = "nothing_saveable"  # what is kept all the same: a name in jax.checkpoint_policies
     config.attention = "auto"  # of the UNet: xla, cudnn (GPU), flash (TPU), or auto, what suits the devices best
 
     # Devices
@@ -117,6 +134,12 @@ def validate(config: ConfigDict) -> None:
             f"config.adversarial needs clean latents to tell from, and states={config.states!r} has none: use student "
             "or data."
         )
+    if config.guidance_embedding_dim and config.trainable == "lora":
+        raise UserError("config.guidance_embedding_dim needs trainable='full': a LoRA has no place for the embedding.")
+    if config.preference.weight > 0 and not config.preference.scorer:
+        raise UserError("config.preference.weight needs config.preference.scorer: name a judge, such as clip=FOLDER.")
+    if config.preference.form == "margin" and not config.preference.negative_prompt:
+        raise UserError("config.preference.form='margin' needs config.preference.negative_prompt: give one.")
 
 
 def _one_of(*values):
@@ -142,6 +165,7 @@ _RULES = {
     "skip": _POSITIVE,
     "solver_steps": _POSITIVE,
     "guidance_scale_max": _NOT_NEGATIVE,
+    "guidance_embedding_dim": ((lambda v: v >= 0 and v % 2 == 0 and v != 2), "0 or an even number from 4 on"),
     "consistency_weight": _NOT_NEGATIVE,
     "distribution_matching.weight": _NOT_NEGATIVE,
     "distribution_matching.learning_rate": _POSITIVE,
@@ -150,6 +174,8 @@ _RULES = {
     "adversarial.learning_rate": _POSITIVE,
     "adversarial.updates": _POSITIVE,
     "adversarial.width": ((lambda v: v >= 2 and v % 2 == 0), "an even number above 0"),
+    "preference.weight": _NOT_NEGATIVE,
+    "preference.form": _one_of(*FORMS),
     "target": _one_of(*JUMPS),
     "target_network": _one_of("student", "ema"),
     "guidance_scale": _POSITIVE,
@@ -160,6 +186,10 @@ _RULES = {
     "ema_decay": ((lambda v: 0 <= v < 1), "0 or more and less than 1"),
     "num_steps": _POSITIVE,
     "batch_size": _POSITIVE,
+    "microbatches": _POSITIVE,
+    "optim.name": _one_of(*OPTIMIZERS),
+    "optim.moment_dtype": _one_of("float32", "bfloat16"),
+    "remat_policy": _one_of(*REMAT_POLICIES),
     "optim.learning_rate": _POSITIVE,
     "optim.warmup_steps": _NOT_NEGATIVE,
     "optim.schedule": _one_of("constant", "cosine", "linear"),
@@ -179,5 +209,6 @@ _RULES = {
 # setting and value: (what must be given then, what to do)
 _NEEDS = {
     ("states", "data"): ("latents", "make a file of them with launch/encode.py"),
+    ("distance", "latent_lpips"): ("latent_lpips", "name a folder that launch/train_lpips.py wrote"),
     ("target_network", "ema"): ("ema_decay", "set the decay of the moving average, such as 0.95"),
 }

@@ -45,10 +45,20 @@ def ddim_scheduler_config(teacher_config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def told_network(teacher: Network, config: ConfigDict) -> Network:
+    """The teacher's network, as the student has it: told its guidance scale where the run says so."""
+    dim = config.guidance_embedding_dim
+    if not dim:
+        return teacher
+    module: Any = teacher.module
+    told = {**teacher.config, "time_cond_proj_dim": dim}
+    return dataclasses.replace(teacher, module=module.with_guidance_embedding(dim), config=told)
+
+
 def student_unet(teacher: Network, trained: Params, config: ConfigDict) -> Network:
     """The student as one network: its own weights, or the teacher's with the low-rank factors folded in."""
     if config.trainable == "full":
-        return dataclasses.replace(teacher, params=trained)
+        return dataclasses.replace(told_network(teacher, config), params=trained)
     scaled = lora.scaled(trained, config.lora.alpha, config.lora.rank)
     return dataclasses.replace(teacher, params=lora.merge(teacher.params, scaled))
 

@@ -14,7 +14,7 @@ from mlcm_jax.diffusion.samplers import step_table
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import Network, Pipeline
 from mlcm_jax.images import to_float, to_uint8
-from mlcm_jax.models.unet import sinusoidal_embedding
+from mlcm_jax.models.unet import guidance_embedding
 from mlcm_jax.models.vae import AutoencoderKL
 from mlcm_jax.sampling import noise_rng, walk
 from mlcm_jax.tiling import decode_in_tiles
@@ -58,9 +58,7 @@ def _sample(
     predict = partial(module.apply, variables)
     timestep_cond = None
     if guidance_width:
-        # told w of eps_c + w (eps_c - eps_u), which is one less than the scale used elsewhere
-        told = jnp.full(latents.shape[:1], 1000 * (guidance_scale - 1))
-        timestep_cond = sinusoidal_embedding(told, guidance_width, flip_sin_to_cos=False, freq_shift=1)
+        timestep_cond = guidance_embedding(jnp.full(latents.shape[:1], guidance_scale), guidance_width)
 
     def network(x, timesteps):
         if guidance_width or guidance_scale is None:

@@ -33,8 +33,8 @@ class Batch:
     """What a training step takes.
 
     jumps: the teacher's jumps from pure noise to each row's state. num_segments: M of this step. guidance_scale: of
-    the teacher. latents: clean ones, scaled, where states are made
-    of data.
+    the teacher. latents: clean ones, scaled, where states are made of data. judge_tokens: the prompts for the judges
+    of the preference term, by the judge's role.
     """
 
     conditioning: TextConditioning
@@ -42,6 +42,7 @@ class Batch:
     num_segments: Int[Array, ""]
     guidance_scale: Float[Array, " n"]
     latents: Latents | None = None
+    judge_tokens: dict[str, Int[Array, "n t"]] = flax.struct.field(default_factory=dict)
 
 
 @flax.struct.dataclass

@@ -4,17 +4,23 @@ import dataclasses
 
 import jax
 import numpy as np
+import optax
 import pytest
 from diffusers import StableDiffusionXLPipeline
-from small_runs import settings
+from small_runs import SCHEDULE, random_like, settings
 from tiny_models import ONE_LEVEL_XL, save_sdxl
 from torch_weights import assert_close, channels_first, channels_last
+from toy_denoiser import LATENT_SHAPE, toy_apply, toy_batch, toy_conditioning, toy_params, toy_state
 
 from mlcm_jax.conditioning import encode_prompts, unconditional
 from mlcm_jax.errors import UserError
+from mlcm_jax.export import student_unet
 from mlcm_jax.generate import default_guidance_scale, sample_latents
 from mlcm_jax.hub.pipeline import load_pipeline, read_architecture
+from mlcm_jax.models.unet import guidance_embedding
 from mlcm_jax.train.program import build_program
+from mlcm_jax.train.state import with_guidance_embedding
+from mlcm_jax.train.step import Frozen, make_train_step
 
 PROMPT = "red heart"
 
@@ -63,3 +69,48 @@ def test_default_guidance(folder, sdxl_folder):
 def test_such_a_student_is_no_teacher(folder):
     with pytest.raises(UserError, match=r"time_cond_proj_dim.*name the model that it was made from"):
         build_program(settings(), read_architecture(folder), jax.devices()[:1])
+
+
+def test_it_starts_as_the_teacher_and_learns_what_it_is_told(sdxl_folder):
+    """Its state has the embedding's projection, at 0; the gradient of the first step reaches it."""
+    config = settings(guidance_embedding_dim=16)
+    architecture = read_architecture(sdxl_folder)
+    program = build_program(config, architecture, jax.devices()[:1])
+    projection = program.state.params["time_embedding"]["cond_proj"]["kernel"]
+    assert projection.shape == (16, 32) and "cond_proj" not in program.frozen.teacher["time_embedding"]
+    teacher = load_pipeline(sdxl_folder).unet
+    params = with_guidance_embedding(teacher.params, 16)
+    assert float(np.abs(params["time_embedding"]["cond_proj"]["kernel"]).max()) == 0
+    student = student_unet(teacher, params, config)
+    assert student.config["time_cond_proj_dim"] == 16
+    z, t = jax.random.normal(jax.random.key(0), (2, 16, 16, 4)), np.full(2, 500)
+    told = random_like(program.stages[0].batch.conditioning, 0, 1.0)
+    told = jax.tree.map(lambda a: a[:2], told)
+    embedding = guidance_embedding(np.array([3.0, 9.0]), 16)
+    expected = jax.jit(teacher.module.apply)({"params": teacher.params}, z, t, told)
+
+    def output(params):
+        return student.module.apply({"params": params}, z, t, told, embedding)
+
+    same, gradient = jax.jit(lambda p: (output(p), jax.grad(lambda p: (output(p) ** 2).mean())(p)))(params)
+    assert_close(same, np.asarray(expected))
+    assert float(np.abs(gradient["time_embedding"]["cond_proj"]["kernel"]).max()) > 0
+
+
+def test_a_step_tells_the_student_its_own_scale():
+    """Rows with different scales get different embeddings; the teacher gets none."""
+    seen = []
+
+    def told_apply(variables, z, t, conditioning, embedding):
+        seen.append(embedding.shape)
+        p = variables["params"]
+        return toy_apply({"params": p}, z, t, conditioning) + (embedding @ p["w"])[:, None, None, None]
+
+    config, optimizer = settings(guidance_embedding_dim=16), optax.sgd(1.0)
+    step = make_train_step(toy_apply, SCHEDULE, optimizer, config, LATENT_SHAPE, student_apply=told_apply)
+    state = toy_state(toy_params(1) | {"w": np.zeros(16, np.float32)}, optimizer, 4)
+    frozen = Frozen(toy_params(2), toy_conditioning(1, 4))
+    batch = toy_batch(4, 3, [0] * 4, 4).replace(guidance_scale=np.linspace(2, 8, 4, dtype=np.float32))
+    after, _ = jax.jit(step)(state, frozen, batch)
+    assert set(seen) == {(4, 16)}
+    assert float(np.abs(after.params["w"]).max()) > 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from emoji_dataset.dataset import SPLITS, load_split
+from emoji_dataset.dataset import SPLITS, EmojiSplit, load_split
 
 from mlcm_jax.cli import run_main
 from mlcm_jax.data.prompts import read_prompts
@@ -16,13 +16,26 @@ from mlcm_jax.errors import UserError
 
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder that build_data.py wrote.", required=True)
 SPLIT = flags.DEFINE_enum("split", "train", SPLITS, "Where the captions come from.")
-PROMPTS = flags.DEFINE_string("prompts", "examples/emoji/prompts/eval.txt", "Text file, one caption a line.")
+PROMPTS = flags.DEFINE_string("prompts", "examples/emoji/prompts/eval.txt", "Captions, one a line; none: any pictures.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 512, "Captions that are taken, the file's first ones.", lower_bound=1)
 OUT = flags.DEFINE_string("out", None, "The .npy file, uint8 [num_images, 64, 64, 3].", required=True)
 
 
 def main():
-    prompts, data = read_prompts(PROMPTS.value), load_split(DATA_DIR.value, SPLIT.value)
+    data = load_split(DATA_DIR.value, SPLIT.value)
+    if PROMPTS.value:
+        rows = captioned(data)
+    else:
+        rows = np.random.default_rng(0).permutation(len(data["caption"]))[: NUM_IMAGES.value]
+    out = Path(OUT.value)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    np.save(out, data["image"][rows])
+    print(f"{out}: {len(rows)} pictures of the {SPLIT.value} split")
+
+
+def captioned(data: EmojiSplit) -> list[int]:
+    """Rows of the prompt file's first captions."""
+    prompts = read_prompts(PROMPTS.value)
     if NUM_IMAGES.value > len(prompts):
         raise UserError(
             f"--num_images={NUM_IMAGES.value} is more than the {len(prompts)} prompts of {PROMPTS.value}: lower it."
@@ -31,10 +44,7 @@ def main():
     chosen = prompts[: NUM_IMAGES.value]
     if absent := [prompt for prompt in chosen if prompt not in places]:
         raise UserError(f"The {SPLIT.value} split has no picture of {absent[0]!r}: choose the other --split.")
-    out = Path(OUT.value)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    np.save(out, data["image"][[places[prompt] for prompt in chosen]])
-    print(f"{out}: {len(chosen)} pictures of the {SPLIT.value} split")
+    return [places[prompt] for prompt in chosen]
 
 
 if __name__ == "__main__":

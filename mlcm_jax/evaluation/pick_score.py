@@ -29,8 +29,8 @@ class Similarity(nn.Module):
         return cosines * jnp.exp(self.clip.get_variable("params", "logit_scale").astype(jnp.float32))
 
 
-def load_pick_score(folder: str | Path, *, dtype: Any = jnp.float32) -> Judge:
-    """Read a transformers CLIPModel folder (yuvalkirstain/PickScore_v1): scores are scaled cosines, 20 or so.
+def load_similarity(folder: str | Path, *, scaled: bool = False, dtype: Any = jnp.float32) -> Judge:
+    """Read a transformers CLIPModel folder with its tokenizer: cosines of picture and prompt, ``scaled`` or not.
 
     Raises UserError for an unsupported setting, unfit weights, and a missing tokenizer or preprocessor_config.json.
     """
@@ -38,4 +38,9 @@ def load_pick_score(folder: str | Path, *, dtype: Any = jnp.float32) -> Judge:
     network = load_network(folder, "CLIPModel", dtype=dtype)
     clip = cast(CLIPModel, network.module)
     tokens = partial(scorer_tokens, tokenizer, clip.text)
-    return Judge(Similarity(clip, scaled=True), {"clip": network.params}, preprocessor, tokens)
+    return Judge(Similarity(clip, scaled), {"clip": network.params}, preprocessor, tokens)
+
+
+def load_pick_score(folder: str | Path, *, dtype: Any = jnp.float32) -> Judge:
+    """Read yuvalkirstain/PickScore_v1: scaled cosines, 20 or so. Raises UserError as ``load_similarity`` does."""
+    return load_similarity(folder, scaled=True, dtype=dtype)

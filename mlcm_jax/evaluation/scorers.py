@@ -12,7 +12,8 @@ from mlcm_jax.evaluation.clip_features import image_features, load_scorer_once
 from mlcm_jax.evaluation.clip_score import clip_scores, load_scorer_tokenizer, text_features
 from mlcm_jax.evaluation.hps_v2 import load_hps_v2
 from mlcm_jax.evaluation.image_reward import load_image_reward
-from mlcm_jax.evaluation.pick_score import load_pick_score
+from mlcm_jax.evaluation.judge import Judge
+from mlcm_jax.evaluation.pick_score import load_pick_score, load_similarity
 
 Score = Callable[[UInt8[np.ndarray, "n H W 3"], Sequence[str]], Float[np.ndarray, " n"]]
 
@@ -30,14 +31,16 @@ def load_clip_score(folder: str | Path) -> Score:
     return score
 
 
-# name: what reads its folder or file. More is better for each of them.
-SCORERS: dict[str, Callable[[str], Score]] = {
+# name: what reads its folder, with a ``dtype`` to compute in. More is better for each of them.
+JUDGES: dict[str, Callable[..., Judge]] = {
     "aesthetic": load_aesthetic,
-    "clip": load_clip_score,
+    "clip": load_similarity,
     "hps_v2": load_hps_v2,
     "image_reward": load_image_reward,
     "pick_score": load_pick_score,
 }
+# The same for finished pictures; CLIP's features are then shared with other figures.
+SCORERS: dict[str, Callable[[str], Score]] = {**JUDGES, "clip": load_clip_score}
 
 
 def parse_places(flag: str, entries: Sequence[str], known: Sequence[str]) -> dict[str, str]:

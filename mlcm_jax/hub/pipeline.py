@@ -83,6 +83,10 @@ def _tiny_vae_inputs(config: Mapping[str, Any]) -> tuple:
     return (_image(2 ** len(config.get("num_encoder_blocks", (1, 3, 3, 3)))),)
 
 
+def _lpips_inputs(config: Mapping[str, Any]) -> tuple:
+    return (jnp.zeros((1, 2, 2, config.get("latent_channels", 4))),) * 2
+
+
 class NetworkClass(NamedTuple):
     """Where the Flax module of a torch class is, and the smallest inputs that its ``init`` takes."""
 
@@ -99,6 +103,7 @@ NETWORKS = {
     "CLIPTextModelWithProjection": NetworkClass("mlcm_jax.models.clip", "CLIPTextModel", _text_inputs),
     "CLIPVisionModelWithProjection": NetworkClass("mlcm_jax.models.clip", "CLIPVisionModel", _vision_inputs),
     "CLIPModel": NetworkClass("mlcm_jax.models.clip", "CLIPModel", _clip_inputs),
+    "LatentLPIPS": NetworkClass("mlcm_jax.models.latent_lpips", "LatentLPIPS", _lpips_inputs),
 }
 
 

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from mlcm_jax.models.attention_backend import AttentionBackend, dot_product_attention
 from mlcm_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm
+from mlcm_jax.models.remat import rematerialised
 
 
 class Attention(nn.Module):
@@ -77,7 +78,7 @@ class Transformer2DModel(nn.Module):
     groups: int
     use_linear_projection: bool
     backend: AttentionBackend
-    remat: bool = False
+    remat: str | None = None
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -85,7 +86,7 @@ class Transformer2DModel(nn.Module):
         n, height, width, c = x.shape
         tokens = GroupNorm(self.groups, 1e-6, self.dtype, name="norm")(x)
         tokens = self._project("proj_in", tokens).reshape(n, height * width, c)
-        block = nn.remat(BasicTransformerBlock, prevent_cse=False) if self.remat else BasicTransformerBlock
+        block = rematerialised(BasicTransformerBlock, self.remat, prevent_cse=False)
         blocks = nn.scan(
             block,
             variable_axes={"params": 0, "lora": 0},

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from mlcm_jax.models.attention import Transformer2DModel
 from mlcm_jax.models.attention_backend import AUTO, AttentionBackend
 from mlcm_jax.models.layers import Conv, Dense, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
+from mlcm_jax.models.remat import REMAT_POLICIES, rematerialised
 from mlcm_jax.models.unet_config import Depths, UNetConfig
 from mlcm_jax.types import TextConditioning
 
@@ -24,6 +25,14 @@ def sinusoidal_embedding(
     angles = values.astype(jnp.float32)[:, None] * jnp.exp(-jnp.log(10000.0) * exponents)[None]
     waves = [jnp.sin(angles), jnp.cos(angles)]
     return jnp.concatenate(waves[::-1] if flip_sin_to_cos else waves, axis=-1)
+
+
+def guidance_embedding(guidance_scale: Float[Array, " n"], dim: int) -> Float[Array, "n dim"]:
+    """What a student with ``time_cond_proj_dim`` is told of its guidance scale (arXiv 2310.04378), float32.
+
+    It is w of eps_c + w (eps_c - eps_u), which is one less than the scale used elsewhere, times 1000.
+    """
+    return sinusoidal_embedding(1000 * (guidance_scale - 1), dim, flip_sin_to_cos=False, freq_shift=1)
 
 
 class TimestepEmbedding(nn.Module):
@@ -52,7 +61,7 @@ class Stage(nn.Module):
     def layer(self, i: int, x, temb, context):
         cfg = self.config
         # Named as torch names them, so recomputing the activations must not change the name.
-        block = nn.remat(ResnetBlock2D) if cfg.remat else ResnetBlock2D
+        block = rematerialised(ResnetBlock2D, cfg.remat)
         args = (self.features, cfg.norm_num_groups, cfg.norm_eps, cfg.act_fn, self.dtype)
         x = block(*args, name=f"resnets_{i}")(x, temb)
         if not self.depths[i]:
@@ -119,18 +128,24 @@ class UNet2DConditionModel(nn.Module):
         cls,
         config: dict[str, Any],
         dtype=jnp.float32,
-        remat: bool = False,
+        remat: bool | str = False,
         attention: AttentionBackend = AUTO,
     ) -> "UNet2DConditionModel":
-        """Build from diffusers' config.json; remat: recompute activations in the backward pass.
+        """Build from diffusers' config.json; remat: recompute activations in the backward pass, all of them or but for
+        what a policy of models/remat.py keeps.
 
         Raises UserError for a setting that is not supported.
         """
-        return cls(UNetConfig.read(config, remat, attention), dtype)
+        policy = REMAT_POLICIES[0] if remat is True else remat or None
+        return cls(UNetConfig.read(config, policy, attention), dtype)
 
     def with_attention(self, attention: AttentionBackend) -> "UNet2DConditionModel":
         """The same network with another implementation of attention."""
         return self.clone(config=dataclasses.replace(self.config, attention=attention))
+
+    def with_guidance_embedding(self, dim: int) -> "UNet2DConditionModel":
+        """The same network, told its guidance scale by an embedding of ``dim`` numbers; 0: not told."""
+        return self.clone(config=dataclasses.replace(self.config, time_cond_proj_dim=dim or None))
 
     @nn.compact
     def __call__(

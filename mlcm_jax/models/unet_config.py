@@ -93,11 +93,11 @@ class UNetConfig:
     freq_shift: float
     addition_time_embed_dim: int | None  # None: no pooled state and time ids
     time_cond_proj_dim: int | None
-    remat: bool
+    remat: str | None  # policy of models/remat.py; None: all activations are kept
     attention: AttentionBackend
 
     @classmethod
-    def read(cls, config: dict[str, Any], remat: bool, attention: AttentionBackend) -> "UNetConfig":
+    def read(cls, config: dict[str, Any], remat: str | None, attention: AttentionBackend) -> "UNetConfig":
         """Validate diffusers' config.json; raises UserError for a setting that is not supported."""
         values = read_config(config, CONFIG_KEYS, CLASS_NAME)
         for key in SIZES:

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW with gradient clipping and a warm-up schedule, and the moving average of the parameters."""
+"""The optimizer, AdamW or Adafactor, with gradient clipping and warm-up; the moving average of the parameters."""
 
 from collections.abc import Mapping
 
@@ -29,7 +29,7 @@ def learning_rate_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule
 def make_optimizer(
     config: ConfigDict, num_steps: int, peaks: Mapping[int, float] | None = None
 ) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) after clipping by global norm; no weight decay on vectors (norms and biases).
+    """The optimizer of ``config.name`` after clipping by global norm; no weight decay on vectors (norms and biases).
 
     peaks: {step: learning rate that takes the place of config.learning_rate from there on}.
     """
@@ -40,17 +40,39 @@ def make_optimizer(
         stage = jnp.searchsorted(jnp.asarray(starts), step, side="right") - 1
         return schedule(step) * jnp.asarray(rates, jnp.float32)[stage] / config.learning_rate
 
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate if peaks else schedule,
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
-        ),
+    make = OPTIMIZERS[config.name]
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), make(config, learning_rate if peaks else schedule))
+
+
+def _adamw(config: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    """arXiv 1711.05101."""
+    return optax.adamw(
+        learning_rate,
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        mu_dtype=jnp.dtype(config.moment_dtype),
+        weight_decay=config.weight_decay,
+        mask=_matrices,
     )
+
+
+def _adafactor(config: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    """arXiv 1804.04235 without first moments, at the given rate: not relative to the size of a weight, which for a
+    LoRA's factors is 0 at first. Matrices of fewer than 128 rows or columns keep all their second moments."""
+    return optax.adafactor(
+        learning_rate,
+        multiply_by_parameter_scale=False,
+        weight_decay_rate=config.weight_decay or None,
+        weight_decay_mask=_matrices,
+    )
+
+
+def _matrices(params: Params) -> Params:
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor}
 
 
 def update_ema(ema: Params, params: Params, decay: float) -> Params:

@@ -20,11 +20,12 @@ from mlcm_jax.models import lora
 from mlcm_jax.models.attention_backend import XLA, AttentionBackend
 from mlcm_jax.models.unet import UNet2DConditionModel
 from mlcm_jax.train import rng
+from mlcm_jax.train.auxiliary import Auxiliary, read_auxiliary
 from mlcm_jax.train.flops import count_flops
 from mlcm_jax.train.optim import make_optimizer
 from mlcm_jax.train.plan import Plan, make_plan
 from mlcm_jax.train.stages import Stage, read_stages
-from mlcm_jax.train.state import TrainState, create
+from mlcm_jax.train.state import TrainState, create, with_guidance_embedding
 from mlcm_jax.train.step import Frozen, StepFn, make_train_step
 from mlcm_jax.train.terms import Apply, Setting, Shapes, create_rivals
 from mlcm_jax.types import Batch, Params, TextConditioning
@@ -57,6 +58,7 @@ class Program:
     mesh: Mesh
     plan: Plan
     config: ConfigDict
+    auxiliary: Auxiliary
     create_state: Callable[[Params | None], TrainState]
 
     def init_state(self, teacher: Params | None) -> TrainState:
@@ -86,12 +88,15 @@ def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> P
 
     teacher = _cast(unet.params, config.frozen_dtype)
     teacher = _place(teacher, sharding.param_shardings(teacher, mesh, config.sharding_rules))
-    frozen = Frozen(teacher, _place_all(conditioning_shapes(architecture, 1), replicated))
+    auxiliary = read_auxiliary([stage.config for stage in stages], architecture)
+    others = auxiliary.shapes(config.frozen_dtype)
+    others = _place(others, sharding.param_shardings(others, mesh, config.sharding_rules))
+    frozen = Frozen(teacher, _place_all(conditioning_shapes(architecture, 1), replicated), others)
     conditioning = _place_all(conditioning_shapes(architecture, config.batch_size), batch_sharding)
     latents = jax.ShapeDtypeStruct((config.batch_size, *latent_shape), jnp.float32, sharding=batch_sharding)
 
-    attention = attention_backend(config, mesh)
-    module = UNet2DConditionModel.from_config(unet.config, jnp.dtype(config.compute_dtype), config.remat, attention)
+    attention, remat = attention_backend(config, mesh), config.remat and config.remat_policy
+    module = UNet2DConditionModel.from_config(unet.config, jnp.dtype(config.compute_dtype), remat, attention)
     create_state = partial(_create, stages, module.apply, schedule, Shapes(teacher, conditioning, latents))
     state = jax.eval_shape(create_state, None if config.trainable == "lora" else _cast(unet.params, jnp.float32))
     pool = _place_all(state.pool, batch_sharding)
@@ -106,20 +111,23 @@ def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> P
             stage_config,
             latent_shape,
             constrain=lambda latents: jax.lax.with_sharding_constraint(latents, batch_sharding),
+            auxiliary=auxiliary,
+            student_apply=module.with_guidance_embedding(config.guidance_embedding_dim).apply,
         )
 
     # a kernel's products are not seen in the jaxpr
     counted = module.with_attention(XLA)
     compiled, programs = {}, []
     for stage in stages:
-        batch = _batch_shapes(stage.config, conditioning, latents, replicated)
+        batch = _batch_shapes(stage.config, conditioning, latents, replicated, auxiliary)
         jitted = jax.jit(make_step(module, stage.config), donate_argnums=0, out_shardings=(state_shardings, replicated))
         trips = average_trips(stage.config)
         flops = count_flops(make_step(counted, stage.config), state, frozen, batch, while_trips=trips)
         step = compiled.setdefault(stage.program_key(), jitted)
         programs.append(StageProgram(stage, step, batch, flops))
     plan = make_plan(programs, mesh, image_size=image_size, state=state, frozen=frozen)
-    return Program(tuple(programs), state, frozen, latent_shape, image_size, schedule, mesh, plan, config, create_state)
+    numbers = (latent_shape, image_size, schedule, mesh, plan, config)
+    return Program(tuple(programs), state, frozen, *numbers, auxiliary, create_state)
 
 
 def attention_backend(config: ConfigDict, mesh: Mesh) -> AttentionBackend:
@@ -147,7 +155,7 @@ def _create(
         key = rng.stream(config.seed, "init", 0)
         params = lora.init(key, shapes.teacher, config.lora.rank, config.lora.targets)
     else:
-        params = cast(Params, teacher)
+        params = with_guidance_embedding(cast(Params, teacher), config.guidance_embedding_dim)
     n, height, width, channels = shapes.latents.shape
     pool, rivals = None, {}
     for stage in stages:
@@ -158,9 +166,11 @@ def _create(
     return create(params, stage_optimizer(stages), with_ema=config.ema_decay > 0, pool=pool, rivals=rivals)
 
 
-def _batch_shapes(config: ConfigDict, conditioning: TextConditioning, latents, replicated: NamedSharding) -> Batch:
-    def row(dtype) -> Any:
-        return jax.ShapeDtypeStruct((config.batch_size,), dtype, sharding=latents.sharding)
+def _batch_shapes(
+    config: ConfigDict, conditioning: TextConditioning, latents, replicated: NamedSharding, auxiliary: Auxiliary
+) -> Batch:
+    def row(dtype, *shape) -> Any:
+        return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=latents.sharding)
 
     one: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     return Batch(
@@ -169,6 +179,9 @@ def _batch_shapes(config: ConfigDict, conditioning: TextConditioning, latents, r
         num_segments=one,
         guidance_scale=row(jnp.float32),
         latents=latents if config.states == "data" else None,
+        judge_tokens={role: row(jnp.int32, tokens.shape[1]) for role, tokens in auxiliary.tokenize([""]).items()}
+        if config.preference.weight > 0
+        else {},
     )
 
 
@@ -184,11 +197,12 @@ def _sizes(config: ConfigDict, architecture: Pipeline) -> tuple[int, tuple[int, 
 
 
 def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.batch_size % ways:
+    ways, parts = mesh.shape["data"] * mesh.shape["fsdp"], config.microbatches
+    if config.batch_size % (ways * parts):
+        in_parts = f" in {parts} microbatches" if parts > 1 else ""
         raise UserError(
-            f"config.batch_size={config.batch_size} cannot be spread over {ways} devices (data x fsdp): "
-            f"use a multiple of {ways}."
+            f"config.batch_size={config.batch_size} cannot be spread over {ways} devices (data x fsdp){in_parts}: "
+            f"use a multiple of {ways * parts}."
         )
 
 

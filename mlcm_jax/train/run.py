@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -95,7 +94,11 @@ def train(program: Program, pipeline: Pipeline, feed: Feed, grid_prompts: list[s
     config = program.config
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(json.loads(config.to_json()), workdir / CONFIG_FILE)
-    frozen = Frozen(pipeline.unet.params, unconditional(pipeline, 1, program.image_size, config.negative_prompt))
+    frozen = Frozen(
+        pipeline.unet.params,
+        unconditional(pipeline, 1, program.image_size, config.negative_prompt),
+        program.auxiliary.placed(program.frozen.auxiliary, pipeline.vae),
+    )
     viewer = Viewer(program, pipeline, grid_prompts)
 
     state = loop.run(
@@ -115,12 +118,12 @@ def full_precision_unet(program: Program, pipeline: Pipeline) -> Params | None:
     """The teacher's UNet as float32, from which a student starts that trains all weights; None for a LoRA."""
     if program.config.trainable == "lora":
         return None
-    shardings = jax.tree.map(lambda a: a.sharding, program.state.params)
+    mesh, rules = program.mesh, program.config.sharding_rules
     unet = load_network(
         pipeline.folder / "unet",
         "UNet2DConditionModel",
         param_dtype=jnp.float32,
-        shardings=lambda _part, _shapes: shardings,
+        shardings=lambda _part, shapes: sharding.param_shardings(shapes, mesh, rules),
     )
     return unet.params
 

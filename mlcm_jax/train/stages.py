@@ -27,6 +27,8 @@ CHANGEABLE = (
     "consistency_weight",
     "distribution_matching.weight",
     "adversarial.weight",
+    "preference.weight",
+    "preference.target",
     "optim.learning_rate",
 )
 # What a compiled step takes as an argument: stages that differ only in these share one program.

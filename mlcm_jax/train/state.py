@@ -40,6 +40,19 @@ class TrainState:
         return self.params if self.ema is None else self.ema
 
 
+def with_guidance_embedding(params: Params, dim: int) -> Params:
+    """A teacher's weights for a student that is told its guidance scale by ``dim`` numbers (0: not told).
+
+    The projection of the embedding is 0, so that the student starts as the teacher.
+    """
+    if not dim:
+        return params
+    time_embedding = params["time_embedding"]
+    width = time_embedding["linear_1"]["kernel"].shape[0]
+    projection = {"kernel": jnp.zeros((dim, width), jnp.float32)}
+    return params | {"time_embedding": time_embedding | {"cond_proj": projection}}
+
+
 def student_variables(params: Params, teacher: Params, config: ConfigDict) -> Params:
     """The student's variables: its own weights, or the teacher's with the trained low-rank factors beside them."""
     if config.trainable == "full":

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import flax.struct
 import jax
@@ -19,25 +19,41 @@ from mlcm_jax.distill.losses import DISTANCES
 from mlcm_jax.distill.segments import NUM_TIMESTEPS
 from mlcm_jax.distill.states import SOURCES, Rows, Source
 from mlcm_jax.train import rng
+from mlcm_jax.train.auxiliary import Auxiliary
+from mlcm_jax.train.microbatches import value_and_grad
 from mlcm_jax.train.optim import update_ema
 from mlcm_jax.train.state import TrainState, student_variables
-from mlcm_jax.train.terms import Apply, Inputs, Setting, active_terms, train_rival
-from mlcm_jax.types import Batch, Latents, Params, TextConditioning
+from mlcm_jax.train.terms import Apply, Inputs, Setting, Told, active_terms, rival_terms, train_rival
+from mlcm_jax.types import Batch, Latents, Params, TextConditioning, Timesteps
 
 StepFn = Callable[[TrainState, "Frozen", Batch], tuple[TrainState, dict[str, Array]]]
 
 
 @flax.struct.dataclass
 class Frozen:
-    """What is never trained: the teacher's weights, and the conditioning of its unconditional branch (one row)."""
+    """What is never trained: the teacher's weights, the conditioning of its unconditional branch (one row), and the
+    weights of other networks by their role (train.auxiliary)."""
 
     teacher: Params
     unconditional: TextConditioning
+    auxiliary: dict[str, Params] = flax.struct.field(default_factory=dict)
 
 
 def ends_at_edge(config: ConfigDict) -> bool:
     """Whether the teacher always goes to the segment's end, where the jump to the edge is the identity."""
     return config.target == "edge" and config.skip >= NUM_TIMESTEPS
+
+
+class Examples(NamedTuple):
+    """What the loss is made of, a row an example: states, the ends of their segments, and the targets there."""
+
+    z: Latents
+    t: Timesteps
+    edge: Timesteps
+    target: Latents
+    clean: Latents | None
+    told: Told
+    judge_tokens: dict[str, Array]
 
 
 def make_train_step(
@@ -47,31 +63,37 @@ def make_train_step(
     config: ConfigDict,
     latent_shape: tuple[int, int, int],
     constrain: Callable[[Latents], Latents] = lambda latents: latents,
+    auxiliary: Auxiliary = Auxiliary(),  # noqa: B008  (frozen)
+    student_apply: Apply | None = None,
 ) -> StepFn:
     """The update (state, frozen, batch) -> (state, metrics) of one stage.
 
     apply: (variables, latents, timesteps, conditioning) -> the denoiser's own prediction. latent_shape: height, width
-    and channels of the latents. constrain: puts the sharding of the batch on latents.
+    and channels of the latents. constrain: puts the sharding of the batch on latents. auxiliary: what the weights in
+    ``frozen.auxiliary`` belong to. student_apply: of a student that is told its guidance scale; it takes the scale's
+    embedding as well.
     """
     draw_states, jump, distance = SOURCES[config.states], JUMPS[config.target], DISTANCES[config.distance]
-    terms = active_terms(Setting(apply, schedule, config))
+    setting = Setting(apply, schedule, config, auxiliary, student_apply)
+    terms, rivals_of = active_terms(setting), rival_terms(setting)
 
     def train_step(state: TrainState, frozen: Frozen, batch: Batch):
-        n, conditioning = batch.jumps.shape[0], batch.conditioning
-        unconditional = jax.tree.map(lambda a: jnp.broadcast_to(a, (n, *a.shape[1:])), frozen.unconditional)
+        n = batch.jumps.shape[0]
+        told = Told(batch.conditioning, batch.guidance_scale)
         noise = jax.random.normal(rng.stream(config.seed, "noise", state.step), (n, *latent_shape))
 
-        def teacher_x0(z, t):
+        def teacher_x0(told, z, t):
             predict = partial(apply, {"params": frozen.teacher})
-            output = guided_predict(predict, z, t, conditioning, unconditional, batch.guidance_scale)
+            unconditional = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(z), *a.shape[1:])), frozen.unconditional)
+            output = guided_predict(predict, z, t, told.conditioning, unconditional, told.guidance_scale)
             return predict_x0_eps(schedule, output, z, t).x0
 
-        def student_x0(params, z, t):
-            output = apply(student_variables(params, frozen.teacher, config), z, t, conditioning)
+        def student_x0(params, told, z, t):
+            output = setting.student_output(student_variables(params, frozen.teacher, config), z, t, told)
             return predict_x0_eps(schedule, output, z, t).x0
 
         key = rng.stream(config.seed, "timesteps", state.step)
-        source = Source(schedule, config, teacher_x0, partial(student_x0, state.params), key)
+        source = Source(schedule, config, partial(teacher_x0, told), partial(student_x0, state.params, told), key)
         rows = Rows(batch.jumps, batch.num_segments, constrain(noise), batch.latents)
         (z_m, t_m, z_n, t_n, edge, clean), pool = draw_states(source, rows, state.pool)
 
@@ -79,31 +101,42 @@ def make_train_step(
             target = z_n
         else:
             target_params = state.params if config.target_network == "student" else state.ema
-            target = jump(schedule, z_n, student_x0(target_params, z_n, t_n), t_n, edge)
+            target = jump(schedule, z_n, student_x0(target_params, told, z_n, t_n), t_n, edge)
+        target = jax.lax.stop_gradient(target)
+        learnt = partial(auxiliary.latent_distance, frozen.auxiliary) if auxiliary.latent_lpips else None
 
-        def seen(x0, name):
-            key = rng.stream(config.seed, name, state.step)
-            return Inputs(x0, clean, conditioning, frozen.teacher, teacher_x0, key)
+        def seen(x0, rows, key):
+            teacher = partial(teacher_x0, rows.told)
+            return Inputs(x0, rows.clean, rows.told, frozen.teacher, teacher, key, frozen.auxiliary, rows.judge_tokens)
 
-        def loss_fn(params):
-            x0 = student_x0(params, z_m, t_m)
-            prediction = jump(schedule, z_m, x0, t_m, edge)
-            losses = {"consistency": distance(prediction, jax.lax.stop_gradient(target)).mean()}
+        def loss_fn(params, rows, key):
+            x0 = student_x0(params, rows.told, rows.z, rows.t)
+            prediction = jump(schedule, rows.z, x0, rows.t, rows.edge)
+            losses = {"consistency": distance(prediction, rows.target, learnt).mean()}
             loss = config.consistency_weight * losses["consistency"]
             for name, term in terms.items():
-                losses[name] = term.loss(state.rivals[name].params, seen(x0, name))
+                rival = state.rivals[name].params if name in rivals_of else {}
+                losses[name], reported = term.loss(rival, seen(x0, rows, rng.named(key, name)))
+                losses |= {f"{name}_{entry}": value for entry, value in reported.items()}
                 loss += config[name].weight * losses[name]
             return loss, (losses, x0)
 
-        (loss, (losses, x0)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        examples = Examples(z_m, t_m, edge, target, clean, told, batch.judge_tokens)
+        key = rng.stream(config.seed, "terms", state.step)
+        (loss, (losses, x0)), grads = value_and_grad(loss_fn, state.params, examples, key, config.microbatches)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = cast(Params, optax.apply_updates(state.params, updates))
         ema = None if state.ema is None else update_ema(state.ema, params, config.ema_decay)
 
-        rivals = dict(state.rivals)
-        for name, term in terms.items():
-            inputs = seen(jax.lax.stop_gradient(x0), f"{name}_rival")
-            rivals[name], losses[f"{name}_rival"] = train_rival(term, rivals[name], inputs, config, name)
+        def rival_loss(term, params, drawn, key):
+            x0, rows = drawn
+            return term.rival_loss(params, seen(x0, rows, key)), ({}, ())
+
+        rivals, drawn = dict(state.rivals), (jax.lax.stop_gradient(x0), examples)
+        for name, term in rivals_of.items():
+            key = rng.stream(config.seed, f"{name}_rival", state.step)
+            rival_fn = partial(rival_loss, term)
+            rivals[name], losses[f"{name}_rival"] = train_rival(rival_fn, rivals[name], drawn, key, config, name)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "num_segments": batch.num_segments}
         return TrainState(state.step + 1, params, opt_state, ema, pool, rivals), metrics | losses
 

@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image
 
 from mlcm_jax.conditioning import encode_prompts, unconditional
-from mlcm_jax.export import ddim_scheduler_config, student_scheduler_config
+from mlcm_jax.export import ddim_scheduler_config, student_scheduler_config, told_network
 from mlcm_jax.generate import decode, draw_noise, latent_distance, sample_latents
-from mlcm_jax.hub.pipeline import Pipeline
+from mlcm_jax.hub.pipeline import Network, Pipeline
 from mlcm_jax.hub.save import write_json
 from mlcm_jax.hub.vae import load_vae
 from mlcm_jax.images import image_grid
@@ -35,7 +35,7 @@ class Viewer:
     def teacher(self, num_steps: int) -> jax.Array:
         """Latents of the teacher, by DDIM: the solver that the student was distilled from."""
         scheduler = ddim_scheduler_config(self._pipeline.scheduler_config)
-        return self._draw(None, scheduler, self._program.config.guidance_scale, num_steps)
+        return self._draw(self._pipeline.unet, None, scheduler, self._program.config.guidance_scale, num_steps)
 
     def reference(self) -> jax.Array:
         if self._reference is None:
@@ -43,8 +43,10 @@ class Viewer:
         return self._reference
 
     def student(self, state: TrainState, num_steps: int) -> jax.Array:
-        variables = student_variables(state.trained, self._pipeline.unet.params, self._program.config)
-        return self._draw(variables, student_scheduler_config(self._pipeline.scheduler_config), 1.0, num_steps)
+        config, scheduler = self._program.config, student_scheduler_config(self._pipeline.scheduler_config)
+        variables = student_variables(state.trained, self._pipeline.unet.params, config)
+        scale = config.guidance_scale if config.guidance_embedding_dim else 1.0
+        return self._draw(told_network(self._pipeline.unet, config), variables, scheduler, scale, num_steps)
 
     def progress(self, state: TrainState) -> np.ndarray:
         """A row of the teacher's pictures above rows of the student's, one a step count."""
@@ -75,9 +77,9 @@ class Viewer:
         plot_closeness({panel: distances}, folder / "closeness.png")
         write_json({"latent_mse_to_the_" + reference_name.replace(" ", "_"): distances}, workdir / "results.json")
 
-    def _draw(self, variables, scheduler_config, guidance_scale: float, num_steps: int) -> jax.Array:
+    def _draw(self, unet: Network, variables, scheduler_config, guidance_scale: float, num_steps: int) -> jax.Array:
         return sample_latents(
-            self._pipeline.unet,
+            unet,
             scheduler_config,
             self._noise,
             self._conditioning,

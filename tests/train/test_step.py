@@ -9,44 +9,15 @@ import numpy as np
 import optax
 import pytest
 from small_runs import SCHEDULE, random_like, settings
+from toy_denoiser import LATENT_SHAPE, toy_apply, toy_batch, toy_conditioning, toy_params, toy_state
 
 from mlcm_jax.distill.segments import draw_timesteps, segment_edges
-from mlcm_jax.distill.states import empty_pool
 from mlcm_jax.train import rng
 from mlcm_jax.train.agenda import rows_at
 from mlcm_jax.train.optim import update_ema
 from mlcm_jax.train.program import build_program
 from mlcm_jax.train.state import create, student_variables
 from mlcm_jax.train.step import Frozen, make_train_step
-from mlcm_jax.types import Batch, TextConditioning
-
-LATENT_SHAPE = (4, 4, 2)
-# --- a small network, so that the method can be written down again in a few lines
-
-
-def toy_apply(variables, z, t, conditioning):
-    p = variables["params"]
-    shift = (t / 1000 + conditioning.pooled.mean(axis=1))[:, None, None, None]
-    return jnp.tanh(z @ p["a"] + shift) @ p["b"]
-
-
-def toy_params(seed):
-    a, b = jax.random.split(jax.random.key(seed))
-    return {"a": jax.random.normal(a, (2, 16)), "b": 0.2 * jax.random.normal(b, (16, 2))}
-
-
-def toy_conditioning(n, seed):
-    pooled = jax.random.normal(jax.random.key(seed), (n, 3))
-    return TextConditioning(hidden_states=jnp.zeros((n, 2, 3)), pooled=pooled, time_ids=jnp.zeros((n, 6)))
-
-
-def toy_batch(n, seed, jumps, num_segments, guidance_scale=3.0):
-    return Batch(
-        conditioning=toy_conditioning(n, seed),
-        jumps=jnp.asarray(jumps, jnp.int32),
-        num_segments=jnp.int32(num_segments),
-        guidance_scale=jnp.full((n,), guidance_scale, jnp.float32),
-    )
 
 
 def reference_gradient(student, teacher, batch, unconditional, step, config):
@@ -82,10 +53,6 @@ def reference_gradient(student, teacher, batch, unconditional, step, config):
 
 def toy_step(config, optimizer):
     return jax.jit(make_train_step(toy_apply, SCHEDULE, optimizer, config, LATENT_SHAPE))
-
-
-def toy_state(student, optimizer, n, **values):
-    return create(student, optimizer, pool=empty_pool(n, LATENT_SHAPE), **values)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The losses beside the consistency loss: their gradients, their rivals, and a whole step with all of them."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,18 @@ from mlcm_jax.config import validate
 from mlcm_jax.diffusion.parameterization import add_noise
 from mlcm_jax.distill.adversarial import discriminator_loss, generator_loss
 from mlcm_jax.distill.matching import fake_score_loss, matching_loss
+from mlcm_jax.distill.preference import FORMS
 from mlcm_jax.errors import UserError
+from mlcm_jax.hub.pipeline import Network, load_network, network_shapes, read_architecture
+from mlcm_jax.models.unet import UNet2DConditionModel
 from mlcm_jax.train.agenda import rows_at
+from mlcm_jax.train.auxiliary import read_auxiliary
 from mlcm_jax.train.program import build_program
 from mlcm_jax.train.step import Frozen
+from mlcm_jax.train.terms import Inputs, Preference, Told
+
+EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
+SCORER, TEACHER = EMOJI / "scorer", EMOJI / "teacher"
 
 
 def noised(key, x0, n=4096):
@@ -77,19 +86,53 @@ def test_hinge_losses():
     assert float(generator_loss(fake)) == pytest.approx(1.5)
 
 
-@pytest.mark.usefixtures("quick_compiles")
-@pytest.mark.parametrize("trainable", ["lora", pytest.param("full", marks=pytest.mark.slow)])
-def test_a_step_with_all_terms_trains_student_and_rivals(architecture, trainable):
+@pytest.fixture(scope="module")
+def convolutional(architecture):
+    """The tiny pipeline around a UNet without attention, in shapes only: a third of the time to compile a step."""
+    plain = {
+        "down_block_types": ["DownBlock2D"],
+        "mid_block_type": "UNetMidBlock2D",
+        "up_block_types": ["UpBlock2D"],
+        "block_out_channels": [16],
+    }
+    config = architecture.unet.config | plain
+    module = UNet2DConditionModel.from_config(config)
+    return dataclasses.replace(architecture, unet=Network(module, network_shapes(module, config), config))
+
+
+def all_terms(trainable):
     config = settings(num_segments=2, states="student", student_steps=2, target="x0", trainable=trainable, batch_size=4)
-    config.lora.update({"rank": 4, "alpha": 8.0, "targets": (r"/to_(q|k|v|out_0)$",)})
+    config.lora.update({"rank": 4, "alpha": 8.0, "targets": (r"/conv[12]$",)})
     config.distribution_matching.update({"weight": 0.5, "updates": 2, "learning_rate": 1e-3})
     config.adversarial.update({"weight": 0.1, "width": 8})
+    config.preference.update({"weight": 0.2, "scorer": f"clip={SCORER}", "guard": f"pick_score={SCORER}"})
+    config.preference.update({"form": "margin", "target": 1.0, "negative_prompt": "grey"})
     config.optim.clip_norm = 1e6
-    program = build_program(config, architecture, jax.devices()[:1])
+    return config
+
+
+def test_a_full_students_fake_score_is_a_whole_denoiser(convolutional):
+    state = build_program(all_terms("full"), convolutional, jax.devices()[:1]).state
+    fake = state.rivals["distribution_matching"].params
+    assert jax.tree.map(jnp.shape, fake) == jax.tree.map(jnp.shape, state.params)
+    assert set(state.rivals) == {"distribution_matching", "adversarial"}, "a judge is no rival"
+
+
+@pytest.mark.usefixtures("quick_compiles")
+def test_a_step_with_all_terms_trains_student_and_rivals(convolutional):
+    program = build_program(all_terms("lora"), convolutional, jax.devices()[:1])
     (stage,) = program.stages
-    frozen = Frozen(random_like(program.frozen.teacher, 0, 0.1), random_like(program.frozen.unconditional, 1, 1.0))
-    state = program.init_state(None if trainable == "lora" else random_like(program.frozen.teacher, 0, 0.1))
+    decoder = random_like(program.frozen.auxiliary["decoder"], 3, 0.1)
+    vae = dataclasses.replace(convolutional.vae, params={"encoder": {}, **decoder})
+    frozen = Frozen(
+        random_like(program.frozen.teacher, 0, 0.1),
+        random_like(program.frozen.unconditional, 1, 1.0),
+        program.auxiliary.placed(program.frozen.auxiliary, vae),
+    )
+    state = program.init_state(None)
+    prompts = ["red heart", "blue circle", "green leaf", "sun"]
     batch = stage.batch.replace(
+        judge_tokens=jax.tree.map(jnp.asarray, program.auxiliary.tokenize(prompts)),
         conditioning=random_like(stage.batch.conditioning, 2, 1.0),
         num_segments=jnp.int32(2),
         guidance_scale=jnp.full(4, 3.0),
@@ -97,10 +140,12 @@ def test_a_step_with_all_terms_trains_student_and_rivals(architecture, trainable
     )
     before = jax.device_get(state)
     state, metrics = stage.step(state, frozen, batch)
-    for name in ("consistency", "distribution_matching", "adversarial"):
+    weights = {"consistency": 1.0, "distribution_matching": 0.5, "adversarial": 0.1, "preference": 0.2}
+    for name in weights:
         assert np.isfinite(metrics[name]), name
-    weighted = metrics["consistency"] + 0.5 * metrics["distribution_matching"] + 0.1 * metrics["adversarial"]
-    np.testing.assert_allclose(metrics["loss"], weighted, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], sum(w * metrics[name] for name, w in weights.items()), rtol=1e-5)
+    scale = np.exp(float(program.auxiliary.judges["scorer"].params["clip"]["logit_scale"]))
+    np.testing.assert_allclose(metrics["preference_guard"], scale * metrics["preference_score"], rtol=1e-3)
     assert set(state.rivals) == {"distribution_matching", "adversarial"}
     fake = state.rivals["distribution_matching"].params
     assert jax.tree.structure(fake) == jax.tree.structure(state.params), "the fake score is trained as the student is"
@@ -114,6 +159,71 @@ def test_a_step_with_all_terms_trains_student_and_rivals(architecture, trainable
     for _ in range(5):
         state, metrics = stage.step(dataclasses.replace(state, step=jnp.int32(0)), frozen, batch)
     assert float(metrics["adversarial_rival"]) < first, "at fixed draws the heads learn to tell"
+
+
+def test_preference_forms():
+    scores, negative = jnp.array([0.5, 3.0]), jnp.array([0.25, -1.0])
+    np.testing.assert_allclose(FORMS["margin"](scores, negative, 2.0), [1.5 + 0.25, 0.0])
+    np.testing.assert_allclose(FORMS["refl"](scores, None, 2.0), [1.5e-3, 0.0])
+
+
+@pytest.mark.usefixtures("quick_compiles")
+def test_preference_raises_the_score_and_never_learns_from_the_guard():
+    vae = load_network(TEACHER / "vae", "AutoencoderKL")
+    config = settings()
+    config.preference.update({"weight": 1.0, "target": 1.0, "scorer": f"clip={SCORER}"})
+    config.preference.guard = f"pick_score={SCORER}"
+    architecture = dataclasses.replace(read_architecture(TEACHER), vae=vae)
+    guarded = read_auxiliary([config], architecture)
+    alone = dataclasses.replace(guarded, judges={"scorer": guarded.judges["scorer"]})
+    x0 = jax.random.normal(jax.random.key(0), (2, 16, 16, 4))
+
+    def loss(auxiliary):
+        def of(x0):
+            tokens = auxiliary.tokenize(["red heart", "sun"])
+            seen = Inputs(x0, None, Told(None, None), {}, None, jax.random.key(0), auxiliary.params(), tokens)
+            return Preference(None, SCHEDULE, config, auxiliary).loss({}, seen)
+
+        return jax.jit(jax.value_and_grad(of, has_aux=True))
+
+    (value, reported), gradient = loss(guarded)(x0)
+    (_, without), expected = loss(alone)(x0)
+    assert set(reported) - set(without) == {"guard"}
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5 * float(jnp.abs(expected).max()))
+    np.testing.assert_allclose(value, 1e-3 * (1 - reported["score"]), rtol=1e-4)
+    (_, after), _ = loss(alone)(x0 - gradient / jnp.linalg.norm(gradient))
+    assert float(after["score"]) > float(reported["score"]) + 0.01
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scorer": ""}, "needs config.preference.scorer"),
+        ({"form": "margin"}, "needs config.preference.negative_prompt"),
+        ({"form": "hinge"}, "one of margin, refl"),
+    ],
+)
+def test_preferences_that_cannot_work_are_refused(changes, message):
+    config = settings(teacher="t", prompts="p")
+    config.sample.prompts = "p"
+    config.preference.update({"weight": 1.0, "scorer": "clip=somewhere", **changes})
+    with pytest.raises(UserError, match=message):
+        validate(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scorer": "beauty=somewhere"}, "config.preference.scorer has the entry 'beauty=somewhere'"),
+        ({"guard": f"clip={SCORER}"}, "is the scorer itself"),
+        ({"decoder": str(SCORER)}, "no autoencoder"),
+    ],
+)
+def test_judges_that_cannot_work_are_refused(changes, message):
+    config = settings()
+    config.preference.update({"weight": 1.0, "scorer": f"clip={SCORER}", **changes})
+    with pytest.raises(UserError, match=message):
+        read_auxiliary([config], read_architecture(TEACHER))
 
 
 def test_a_discriminator_without_clean_latents_is_refused():

@@ -1,0 +1,39 @@
+"""A network of two matrices and its batches, so that a step can be written down again in a few lines."""
+
+import jax
+import jax.numpy as jnp
+
+from mlcm_jax.distill.states import empty_pool
+from mlcm_jax.train.state import create
+from mlcm_jax.types import Batch, TextConditioning
+
+LATENT_SHAPE = (4, 4, 2)
+
+
+def toy_apply(variables, z, t, conditioning):
+    p = variables["params"]
+    shift = (t / 1000 + conditioning.pooled.mean(axis=1))[:, None, None, None]
+    return jnp.tanh(z @ p["a"] + shift) @ p["b"]
+
+
+def toy_params(seed):
+    a, b = jax.random.split(jax.random.key(seed))
+    return {"a": jax.random.normal(a, (2, 16)), "b": 0.2 * jax.random.normal(b, (16, 2))}
+
+
+def toy_conditioning(n, seed):
+    pooled = jax.random.normal(jax.random.key(seed), (n, 3))
+    return TextConditioning(hidden_states=jnp.zeros((n, 2, 3)), pooled=pooled, time_ids=jnp.zeros((n, 6)))
+
+
+def toy_batch(n, seed, jumps, num_segments, guidance_scale=3.0):
+    return Batch(
+        conditioning=toy_conditioning(n, seed),
+        jumps=jnp.asarray(jumps, jnp.int32),
+        num_segments=jnp.int32(num_segments),
+        guidance_scale=jnp.full((n,), guidance_scale, jnp.float32),
+    )
+
+
+def toy_state(student, optimizer, n, **values):
+    return create(student, optimizer, pool=empty_pool(n, LATENT_SHAPE), **values)
