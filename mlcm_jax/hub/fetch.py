@@ -10,6 +10,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.single_file import class_of_checkpoint
+from mlcm_jax.hub.tensor_reader import refuse_pickle
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 BASE_NAMES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -69,10 +70,11 @@ def resolve_folder(
     """
     folder = Path(model)
     if folder.is_dir():
-        if revision and weights:
+        if revision:
             raise UserError(f"{model} is a folder here, which has no revisions: leave out the revision {revision}.")
         return folder
     if folder.exists():
+        refuse_pickle(folder)
         raise UserError(
             f"{model} is a file: name the folder of a diffusers model, the one with model_index.json, or a single "
             ".safetensors file."

@@ -126,9 +126,14 @@ def find_weights(folder: Path, variant: str | None = None) -> Path:
     )
 
 
+def refuse_pickle(path: Path) -> None:
+    """Raise UserError for a file that has a pickle's name."""
+    if any(path.match(pattern) for pattern in PICKLES):
+        raise UserError(f"{path} is a pickle, never read here: convert it to safetensors.")
+
+
 def open_weights(source: str | Path) -> TensorReader:
     """Tensors of a component's folder, or of one .safetensors file; raises UserError for a pickle and for no file."""
     path = Path(source)
-    if any(path.match(pattern) for pattern in PICKLES):
-        raise UserError(f"{path} is a pickle, never read here: convert it to safetensors.")
+    refuse_pickle(path)
     return TensorReader(path if path.suffix in (".safetensors", ".json") else find_weights(path))
