@@ -1,10 +1,12 @@
 """Tensors of safetensors files: one, or the shards that an index names. Nothing else is ever opened."""
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -43,8 +45,15 @@ def listed(items: Iterable[str]) -> str:
     return ", ".join(items[:NUM_LISTED]) + rest
 
 
+def _offsets(file: Path) -> tuple[int, dict[str, Any]]:
+    """Where the data begin, and the header's entries, of a file that safetensors found in order."""
+    with file.open("rb") as f:
+        size = int.from_bytes(f.read(8), "little")
+        return 8 + size, json.loads(f.read(size))
+
+
 class TensorReader:
-    """Memory-mapped tensors of one safetensors file, or of the shards that an index file names.
+    """Tensors of one safetensors file, or of the shards that an index file names.
 
     Raises UserError for a corrupt file and for an index that points outside its own folder.
     """
@@ -53,12 +62,15 @@ class TensorReader:
         self.source = source
         self.metadata: dict[str, str] = {}
         self._handles: dict[str, Any] = {}
+        self._files: dict[str, Path] = {}
+        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
         if source.name.endswith(".json"):
             self._open_shards(source)
         else:
             handle = self._open(source)
             self.metadata = handle.metadata() or {}
             self._handles = dict.fromkeys(handle.keys(), handle)
+            self._files = dict.fromkeys(handle.keys(), source)
 
     @staticmethod
     def _open(file: Path) -> Any:
@@ -82,6 +94,7 @@ class TensorReader:
         if absent:
             raise UserError(f"{index} names tensors that its files do not hold: {listed(absent)}.")
         self._handles = {name: shards[file] for name, file in weight_map.items()}
+        self._files = {name: index.parent / file for name, file in weight_map.items()}
 
     def names(self) -> list[str]:
         return list(self._handles)
@@ -98,9 +111,20 @@ class TensorReader:
         return self._handles[name].get_slice(name).get_dtype()
 
     def read(self, name: str) -> np.ndarray:
+        # Not through the memory map: its pages would count as this process's memory, the whole file in the end.
+        file = self._files[name]
+        if file not in self._headers:
+            self._headers[file] = _offsets(file)
+        start, entries = self._headers[file]
         try:
-            return self._handles[name].get_tensor(name)
-        except (SafetensorError, OSError) as e:
+            tensor = np.fromfile(
+                file,
+                jnp.dtype(DTYPES[self.dtype(name)]),
+                math.prod(self.shape(name)),
+                offset=start + entries[name]["data_offsets"][0],
+            )
+            return tensor.reshape(self.shape(name))
+        except (OSError, ValueError) as e:
             raise UserError(f"{self.source}: tensor {name} cannot be read ({e}).") from None
 
 
