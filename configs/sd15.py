@@ -14,6 +14,6 @@ from configs.sdxl import get_config as sdxl_config
 def get_config(variant: str = "lora") -> ConfigDict:
     config = sdxl_config(variant)
     config.teacher = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    config.architecture = ""
+    config.architecture = "configs/architectures/sd15"
     config.batch_size = 32
     return config

@@ -1,34 +1,50 @@
-"""Read a diffusers model into Flax and write it back: every tensor keeps its name, dtype and value.
+"""Read a model into Flax and write it as a diffusers folder or as a single file; tensors keep dtype and value.
 
 Names that only some versions use (hub/load.py, ALIASES) are written as all versions read them.
 
     python launch/convert.py --model=DIR --out=DIR2
+    python launch/convert.py --model=DIR --out=model.safetensors                       # the original names
+    python launch/convert.py --model=model.safetensors --architecture=DIR --out=DIR2
+    python launch/convert.py --model=DIR --lora=style.safetensors:0.8 --out=DIR2       # folded into the weights
     python launch/convert.py --model=DIR --text=DIR3 --out=DIR2     # with the text encoders and tokenizers of DIR3
 """
 
 from pathlib import Path
 
+import jax.numpy as jnp
 from absl import flags
 
 from mlcm_jax.cli import run_main
 from mlcm_jax.errors import UserError
-from mlcm_jax.hub.pipeline import load_pipeline, save_pipeline
+from mlcm_jax.hub.lora import with_loras
+from mlcm_jax.hub.pipeline import save_pipeline
+from mlcm_jax.hub.single_file import save_single_file
 from mlcm_jax.hub.text import with_text
+from mlcm_jax.model_flags import load_model
 
-MODEL = flags.DEFINE_string("model", None, "Folder of a diffusers model, or a hub id like owner/name.", required=True)
 TEXT = flags.DEFINE_string("text", None, "Folder of text encoders and tokenizers to use in place of the model's own.")
-OUT = flags.DEFINE_string("out", None, "Folder to write; it must not exist yet or be empty.", required=True)
+LORA = flags.DEFINE_multi_string("lora", None, "LoRA to fold in, FILE or FILE:SCALE; give it again for more.")
+DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "float16", "bfloat16"], "Of what is written; default: as read.")
+OUT = flags.DEFINE_string("out", None, "Folder, or .safetensors file, to write; it must not exist yet.", required=True)
 
 
 def main():
-    out = Path(OUT.value)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out={out} exists and is not an empty folder: choose another.")
-    pipeline = load_pipeline(MODEL.value)
+    out, dtype = Path(OUT.value), None if DTYPE.value is None else jnp.dtype(DTYPE.value)
+    single = out.suffix == ".safetensors"
+    if out.exists() and (single or not out.is_dir() or any(out.iterdir())):
+        what = "exists" if single else "exists and is not an empty folder"
+        raise UserError(f"--out={out} {what}: choose another.")
+    pipeline = load_model()
     if TEXT.value:
         pipeline = with_text(pipeline, TEXT.value)
-    save_pipeline(pipeline, out)
-    print(f"wrote {', '.join(pipeline.networks())} to {out}")
+    pipeline = with_loras(pipeline, LORA.value or [])
+    networks = pipeline.networks()
+    if single:
+        params = {part: network.params for part, network in networks.items()}
+        save_single_file(pipeline.model_index["_class_name"], params, out, dtype=dtype)
+    else:
+        save_pipeline(pipeline, out, dtype=dtype)
+    print(f"wrote {', '.join(networks)} to {out}")
 
 
 if __name__ == "__main__":

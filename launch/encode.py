@@ -8,7 +8,6 @@ one for each line.
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from tqdm import tqdm
@@ -21,9 +20,9 @@ from mlcm_jax.diffusion.samplers import step_table
 from mlcm_jax.errors import UserError
 from mlcm_jax.evaluation.real_pictures import RealPictures
 from mlcm_jax.generate import default_guidance_scale, draw_noise, encode, sample_latents
-from mlcm_jax.hub.pipeline import Pipeline, load_pipeline
+from mlcm_jax.hub.pipeline import Pipeline
+from mlcm_jax.model_flags import load_model
 
-MODEL = flags.DEFINE_string("model", None, "Diffusers folder or hub id.", required=True)
 IMAGES = flags.DEFINE_string("images", None, "Folder of pictures, or an .npy file of them.")
 PROMPTS = flags.DEFINE_string("prompts", None, "Prompt file, to draw a picture for each line instead.")
 STEPS = flags.DEFINE_integer("steps", 25, "Sampling steps, with --prompts.")
@@ -67,7 +66,7 @@ def main():
     images, prompts = IMAGES.value, PROMPTS.value
     if (images is None) == (prompts is None):
         raise UserError("Give either --images, pictures to encode, or --prompts, for which the model draws some.")
-    pipeline = load_pipeline(MODEL.value, dtype=jnp.float32)
+    pipeline = load_model()
     side, channels = pipeline.unet.config["sample_size"], pipeline.unet.config.get("in_channels", 4)
     image_size = side * pipeline.downscale
     if prompts is None:

@@ -16,9 +16,9 @@ from ml_collections import config_flags
 
 from mlcm_jax.cli import run_main, take_defaults
 from mlcm_jax.evaluation.program import Settings, evaluate
+from mlcm_jax.model_flags import ARCHITECTURE, MODEL, REVISION, VARIANT
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Other defaults of these flags: configs/eval_coco5k.py.")
-MODEL = flags.DEFINE_string("model", None, "Diffusers folder or hub id that is judged.", required=True)
 BASELINE = flags.DEFINE_string("baseline", None, "One to compare with: the teacher.")
 STEPS = flags.DEFINE_list("steps", ["1", "2", "3", "4", "8", "25"], "Numbers of sampling steps, of both.")
 REFERENCE_STEPS = flags.DEFINE_integer("reference_steps", 25, "Steps of the baseline's result that is compared with.")
@@ -66,6 +66,9 @@ def main():
         seed=SEED.value,
         batch_size=BATCH_SIZE.value,
         dtype=DTYPE.value,
+        architecture=ARCHITECTURE.value,
+        variant=VARIANT.value,
+        revision=REVISION.value,
     )
     print(evaluate(settings, Path(OUT.value)), end="")
 

@@ -8,7 +8,9 @@ from mlcm_jax.export import FORMATS, export
 from mlcm_jax.train.run import restore
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-FORMAT = flags.DEFINE_enum("format", "diffusers", FORMATS, "A whole pipeline folder, or a LoRA file.")
+FORMAT = flags.DEFINE_enum(
+    "format", "diffusers", FORMATS, "A pipeline folder, a single file, or a LoRA file in PEFT's or kohya's naming."
+)
 OUT = flags.DEFINE_string("out", None, "Folder to write to.", required=True)
 DTYPE = flags.DEFINE_enum("dtype", "float16", ["float32", "float16", "bfloat16"], "Of the written tensors.")
 

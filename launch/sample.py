@@ -18,13 +18,15 @@ from mlcm_jax.conditioning import encode_prompts, unconditional
 from mlcm_jax.diffusion.samplers import SAMPLERS, step_table
 from mlcm_jax.errors import UserError
 from mlcm_jax.generate import TILING, decode, default_guidance_scale, draw_noise, in_tiles, sample_latents
-from mlcm_jax.hub.pipeline import Pipeline, load_pipeline
+from mlcm_jax.hub.lora import with_loras
+from mlcm_jax.hub.pipeline import Pipeline
 from mlcm_jax.hub.text import with_text
 from mlcm_jax.hub.vae import load_vae
 from mlcm_jax.images import image_grid
+from mlcm_jax.model_flags import load_model
 from mlcm_jax.models.attention_backend import BACKENDS, AttentionBackend
 
-MODEL = flags.DEFINE_string("model", None, "Diffusers folder or hub id.", required=True)
+LORA = flags.DEFINE_multi_string("lora", None, "LoRA to draw with, FILE or FILE:SCALE; give it again for more.")
 VAE = flags.DEFINE_string("vae", None, "Folder of an autoencoder to decode with in place of the model's own.")
 TEXT = flags.DEFINE_string("text", None, "Folder of text encoders and tokenizers to use in place of the model's own.")
 PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; give it again for more pictures.", required=True)
@@ -69,9 +71,10 @@ def initial_noise(pipeline: Pipeline, num_prompts: int) -> jax.Array:
 
 
 def main():
-    pipeline = load_pipeline(MODEL.value, dtype=jnp.dtype(DTYPE.value))
+    pipeline = load_model(DTYPE.value)
     if TEXT.value:
         pipeline = with_text(pipeline, TEXT.value, dtype=jnp.dtype(DTYPE.value))
+    pipeline = with_loras(pipeline, LORA.value or [])
     scheduler_config = pipeline.scheduler_config
     if SCHEDULER.value:
         scheduler_config = scheduler_config | {"_class_name": SCHEDULER.value}

@@ -23,8 +23,11 @@ def base() -> ConfigDict:
     config = ConfigDict()
 
     # Teacher and prompts
-    config.teacher = ""  # diffusers folder or hub id of the model to distil
-    config.architecture = ""  # folder of config.json files that stands in for an absent teacher in plans; "": none
+    config.teacher = ""  # diffusers folder, hub id or single .safetensors file of the model to distil
+    config.teacher_variant = ""  # of its weights files, such as fp16; "": full precision
+    config.teacher_revision = ""  # of a hub id: branch, tag or commit; "": the newest
+    config.architecture = ""  # folder of config.json files that stands in for an absent teacher in plans; "": none.
+    # A teacher that is a single file takes its settings and tokenizers from there.
     config.prompts = ""  # text file, one prompt a line
     config.latents = ""  # file of launch/encode.py, one for each prompt, for states made of data
     config.image_size = 0  # height and width in pixels; 0: what the teacher's config.json says

@@ -12,10 +12,12 @@ from mlcm_jax.errors import UserError
 from mlcm_jax.hub.lora import save_lora
 from mlcm_jax.hub.pipeline import Network, Pipeline, save_pipeline
 from mlcm_jax.hub.save import write_json
+from mlcm_jax.hub.single_file import save_single_file
 from mlcm_jax.models import lora
 from mlcm_jax.types import Params
 
-FORMATS = ("diffusers", "lora")
+FORMATS = ("diffusers", "single_file", "lora", "kohya")
+SINGLE_FILE = "model.safetensors"
 NOISE_KEYS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "prediction_type")
 
 
@@ -75,18 +77,28 @@ def export(
     """Write the student to ``folder``.
 
     pipeline: the teacher. trained: the run's parameters. dtype: of the written tensors.
-    format: "diffusers", a pipeline folder whose TCDScheduler walks the edges that the student was trained on, or
-    "lora", pytorch_lora_weights.safetensors with that scheduler's config beside it.
+    format: "diffusers", a pipeline folder whose TCDScheduler walks the edges that the student was trained on, or with
+    that scheduler's config beside it "single_file", model.safetensors in the original names, or
+    "lora" and "kohya", pytorch_lora_weights.safetensors in PEFT's or in kohya's naming.
     Raises UserError for another format, and for a LoRA of a run that trained all weights.
     """
     if format not in FORMATS:
         raise UserError(f"--format={format} is unknown: use one of {', '.join(FORMATS)}.")
+    folder = Path(folder)
     scheduler_config = student_scheduler_config(pipeline.scheduler_config)
     if format == "diffusers":
         student = dataclasses.replace(pipeline, unet=student_unet(pipeline.unet, trained, config))
         save_pipeline(student, folder, dtype=dtype, scheduler_config=scheduler_config)
         return
+    if format == "single_file":
+        params = {part: network.params for part, network in pipeline.networks().items()}
+        params["unet"] = student_unet(pipeline.unet, trained, config).params
+        save_single_file(pipeline.model_index["_class_name"], params, folder / SINGLE_FILE, dtype=dtype)
+        write_json(scheduler_config, folder / "scheduler_config.json")
+        return
     if config.trainable != "lora":
         raise UserError("This run trained all weights, so there is no LoRA to export: use --format=diffusers.")
-    save_lora(lora.scaled(trained, config.lora.alpha, config.lora.rank), folder, dtype=dtype)
-    write_json(scheduler_config, Path(folder) / "scheduler_config.json")
+    scaled = lora.scaled(trained, config.lora.alpha, config.lora.rank)
+    naming = "kohya" if format == "kohya" else "peft"
+    save_lora(scaled, folder, naming=naming, unet_shapes=pipeline.unet.params, dtype=dtype)
+    write_json(scheduler_config, folder / "scheduler_config.json")

@@ -1,6 +1,10 @@
 """What all tests share: the default backend, run-time shape checks and strict array arithmetic."""
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported; JAX_PLATFORMS=cuda runs the gpu tests
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"  # for meshes
@@ -46,3 +50,25 @@ def vae_folder(tmp_path_factory):
     from tiny_models import save_vae
 
     return save_vae(tmp_path_factory.mktemp("vae"))
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """launch(program, *args) -> {"status", "stdout", "stderr"} of a process of its own."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    command = [sys.executable, "tests/launch_server.py"]
+    server = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert server.stdin and server.stdout
+
+    def run(*argv):
+        server.stdin.write(json.dumps([str(a) for a in argv]) + "\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
+
+    yield run
+    server.stdin.close()
+    assert server.wait(timeout=300) == 0

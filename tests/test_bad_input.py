@@ -1,37 +1,14 @@
 """A user's mistakes: each is one sentence on stderr and exit status 2, before any training begins."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from one_sentence import assert_one_sentence
 from safetensors.numpy import load_file, save_file
 
-ROOT = Path(__file__).parents[1]
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def launch():
-    """launch(program, *args) -> {"status", "stdout", "stderr"} of a process of its own."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
-    command = [sys.executable, "tests/launch_server.py"]
-    server = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert server.stdin and server.stdout
-
-    def run(*argv):
-        server.stdin.write(json.dumps([str(a) for a in argv]) + "\n")
-        server.stdin.flush()
-        return json.loads(server.stdout.readline())
-
-    yield run
-    server.stdin.close()
-    assert server.wait(timeout=300) == 0
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +34,6 @@ def files(tmp_path_factory, sdxl_folder):
     config_file = folder / "wrong_activation" / "unet" / "config.json"
     config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"act_fn": "mish2"}))
     return folder
-
-
-def assert_one_sentence(result, *words):
-    assert result["status"] == 2, result
-    assert "Traceback" not in result["stdout"] + result["stderr"]
-    assert result["stderr"].startswith("error: ") and result["stderr"].count("\n") == 1, result["stderr"]
-    assert len(result["stderr"]) < 500
-    for word in words:
-        assert word in result["stderr"], result["stderr"]
 
 
 SAMPLE = {

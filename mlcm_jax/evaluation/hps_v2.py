@@ -11,7 +11,7 @@ from mlcm_jax.evaluation.judge import Judge, judge_file
 from mlcm_jax.evaluation.pick_score import Similarity
 from mlcm_jax.evaluation.preprocess import Preprocessor
 from mlcm_jax.hub.load import load_params, read_json
-from mlcm_jax.hub.open_clip import OpenClipReader
+from mlcm_jax.hub.open_clip import OPEN_CLIP
 from mlcm_jax.hub.pipeline import network_shapes
 from mlcm_jax.models.clip import CLIPModel
 
@@ -29,6 +29,6 @@ def load_hps_v2(folder: str | Path, *, dtype: Any = jnp.float32) -> Judge:
     preprocessor, tokenizer = Preprocessor.from_folder(folder), load_scorer_tokenizer(folder)
     config = read_json(Path(folder) / "config.json")
     module = CLIPModel.from_config(config, dtype=dtype)
-    params = load_params(network_shapes(module, config), OpenClipReader(file))
+    params = load_params(network_shapes(module, config), file, layout=OPEN_CLIP)
     tokens = partial(scorer_tokens, tokenizer, module.text)
     return Judge(Similarity(module, scaled=False), {"clip": params}, preprocessor, tokens)

@@ -49,6 +49,9 @@ class Settings:
     seed: int
     batch_size: int
     dtype: str
+    architecture: str | None = None
+    variant: str | None = None
+    revision: str | None = None
 
 
 def evaluate(settings: Settings, out: Path) -> str:
@@ -99,7 +102,16 @@ def load_judges(settings: Settings) -> Judges:
 def load_pipelines(settings: Settings) -> dict[str, Pipeline]:
     """The model and, where there is one, the baseline."""
     folders = {"model": settings.model} | ({"baseline": settings.baseline} if settings.baseline else {})
-    return {name: load_pipeline(folder, dtype=jnp.dtype(settings.dtype)) for name, folder in folders.items()}
+    return {
+        name: load_pipeline(
+            folder,
+            architecture=settings.architecture,
+            variant=settings.variant if name == "model" else None,
+            revision=settings.revision if name == "model" else None,
+            dtype=jnp.dtype(settings.dtype),
+        )
+        for name, folder in folders.items()
+    }
 
 
 def make_artists(settings: Settings, pipelines: dict[str, Pipeline], prompts: list[str]) -> dict[str, Artist]:

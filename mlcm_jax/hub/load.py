@@ -4,31 +4,22 @@ Everything is checked from the file's header before the first tensor is read. Th
 assembled on the host, cast and placed, so that the host holds little more than the largest array.
 """
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import traverse_util
-from safetensors import SafetensorError, safe_open
 
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub import names
+from mlcm_jax.hub.layout import Layout, LayoutReader
+from mlcm_jax.hub.tensor_reader import DTYPES, TensorReader, listed, open_weights
+from mlcm_jax.hub.tensor_reader import find_weights as find_weights
+from mlcm_jax.hub.tensor_reader import read_json as read_json
 from mlcm_jax.types import Params
-
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-BASE_NAMES = ("diffusion_pytorch_model", "model")
-LAYOUTS = (
-    "{}.safetensors",
-    "{}.safetensors.index.json",
-    "{}.fp16.safetensors",
-    "{}.safetensors.index.fp16.json",
-    "{}.fp16.safetensors.index.json",
-)
-PICKLES = ("*.bin", "*.bin.index.json", "*.ckpt", "*.pt", "*.pth")
 
 # Buffers that older versions of transformers wrote among the weights; they hold nothing that was learnt.
 IGNORED = (re.compile(r"(^|\.)embeddings\.position_ids$"),)
@@ -45,106 +36,8 @@ ALIASES = (
     (re.compile(r"\.attentions\.0\.proj_attn\."), ".attentions.0.to_out.0."),
 )
 
-NUM_LISTED = 5
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; raises UserError when it is absent or is not a JSON object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} is not a readable JSON file ({e}).") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object.")
-    return value
-
-
-def listed(items: Iterable[str]) -> str:
-    """The first few of many names and the number of the others, for messages."""
-    items = sorted(items)
-    rest = f" and {len(items) - NUM_LISTED} more" if len(items) > NUM_LISTED else ""
-    return ", ".join(items[:NUM_LISTED]) + rest
-
-
-class TensorReader:
-    """Memory-mapped tensors of one safetensors file, or of the shards that an index file names.
-
-    Raises UserError for a corrupt file and for an index that points outside its own folder.
-    """
-
-    def __init__(self, source: Path):
-        self.source = source
-        self.metadata: dict[str, str] = {}
-        self._handles: dict[str, Any] = {}
-        if source.name.endswith(".json"):
-            self._open_shards(source)
-        else:
-            handle = self._open(source)
-            self.metadata = handle.metadata() or {}
-            self._handles = dict.fromkeys(handle.keys(), handle)
-
-    @staticmethod
-    def _open(file: Path) -> Any:
-        if not file.is_file():
-            raise UserError(f"{file} does not exist or is not a file.")
-        try:
-            return safe_open(file, framework="np")
-        except (SafetensorError, OSError) as e:
-            raise UserError(f"{file} is not a complete safetensors file ({e}): copy or download it again.") from None
-
-    def _open_shards(self, index: Path):
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-            raise UserError(f"{index} has no weight_map from tensor names to file names.")
-        for file in sorted(set(weight_map.values())):
-            if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
-                raise UserError(f"{index} names {file!r}, which is not a safetensors file beside it.")
-        shards = {file: self._open(index.parent / file) for file in sorted(set(weight_map.values()))}
-        held = {file: set(shard.keys()) for file, shard in shards.items()}
-        absent = [name for name, file in weight_map.items() if name not in held[file]]
-        if absent:
-            raise UserError(f"{index} names tensors that its files do not hold: {listed(absent)}.")
-        self._handles = {name: shards[file] for name, file in weight_map.items()}
-
-    def names(self) -> list[str]:
-        return list(self._handles)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._handles[name].get_slice(name).get_shape())
-
-    def dtype(self, name: str) -> str:
-        """The dtype as the file spells it: F32, BF16, I64..."""
-        return self._handles[name].get_slice(name).get_dtype()
-
-    def read(self, name: str) -> np.ndarray:
-        try:
-            return self._handles[name].get_tensor(name)
-        except (SafetensorError, OSError) as e:
-            raise UserError(f"{self.source}: tensor {name} cannot be read ({e}).") from None
-
-
-def find_weights(folder: Path) -> Path:
-    """The weights file, or the index of its shards, in a component's folder: full precision before fp16."""
-    candidates = [folder / layout.format(base) for layout in LAYOUTS for base in BASE_NAMES]
-    for file in candidates:
-        if file.exists():
-            return file
-    pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
-    if pickles:
-        raise UserError(
-            f"{folder} has weights only as a pickle ({listed(pickles)}), never read here: convert it to safetensors."
-        )
-    raise UserError(f"{folder} has no safetensors weights: expected {candidates[0].name} or {candidates[1].name}.")
-
-
-def open_weights(source: str | Path) -> TensorReader:
-    """Tensors of a component's folder, or of one .safetensors file; raises UserError for a pickle and for no file."""
-    path = Path(source)
-    if any(path.match(pattern) for pattern in PICKLES):
-        raise UserError(f"{path} is a pickle, never read here: convert it to safetensors.")
-    return TensorReader(path if path.suffix == ".safetensors" else find_weights(path))
+EXPONENTS = {"float32": np.uint32(0x7F800000), "float16": np.uint16(0x7C00), "bfloat16": np.uint16(0x7F80)}
+CHUNK = 1 << 16  # elements, whose intermediate results stay in the processor's cache
 
 
 def _match_names(
@@ -163,7 +56,7 @@ def _match_names(
                 unexpected.append(name)
             else:
                 found[ours] = name
-    missing = expected.keys() - found.keys()
+    missing = {reader.spelling(name) for name in expected.keys() - found.keys()}
     if missing:
         raise UserError(f"{reader.source} lacks {len(missing)} tensors of the network: {listed(missing)}.")
     if unexpected:
@@ -176,7 +69,7 @@ def _match_names(
 def check_tensors(reader: TensorReader, found: Mapping[str, str], expected: Mapping[str, tuple[int, ...]]):
     """Raise UserError when a tensor has another shape than ``expected`` or is not of a supported float dtype."""
     misshapen = [
-        f"{file_name} is {list(reader.shape(file_name))}, not {list(expected[name])}"
+        f"{reader.spelling(file_name)} is {list(reader.shape(file_name))}, not {list(expected[name])}"
         for name, file_name in found.items()
         if reader.shape(file_name) != expected[name]
     ]
@@ -203,7 +96,7 @@ def read_array(reader: TensorReader, path: names.Path, file_names: list[str], dt
             )
         dtype = DTYPES[dtypes.pop()]
 
-    layers = (names.to_flax(path, reader.read(name)) for name in file_names)
+    layers = (read_layer(reader, path, name) for name in file_names)
     first = next(layers)
     if not names.is_stacked(path):
         return np.asarray(first, dtype, order="C")
@@ -212,6 +105,25 @@ def read_array(reader: TensorReader, path: names.Path, file_names: list[str], dt
     for i, layer in enumerate(layers, start=1):
         stack[i] = layer
     return stack
+
+
+def read_layer(reader: TensorReader, path: names.Path, name: str) -> np.ndarray:
+    """One tensor as Flax holds it; raises UserError when it has a value that is not finite."""
+    tensor = reader.read(name)
+    if not is_finite(tensor):
+        raise UserError(
+            f"{reader.source} has values that are no finite numbers in {reader.spelling(name)}: copy or download it "
+            "again, and if that does not help, use another model."
+        )
+    return names.to_flax(path, tensor)
+
+
+def is_finite(tensor: np.ndarray) -> bool:
+    """Whether a float tensor is free of NaN and infinity, by its exponents: a fraction of the time to read it."""
+    bits = tensor.reshape(-1).view(f"u{tensor.itemsize}")
+    exponent = EXPONENTS[tensor.dtype.name]
+    chunks = (bits[i : i + CHUNK] for i in range(0, bits.size, CHUNK))
+    return not any(((chunk & exponent) == exponent).any() for chunk in chunks)
 
 
 def place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
@@ -228,6 +140,7 @@ def load_params(
     dtype: Any = None,
     shardings: Any = None,
     ignored: Sequence[re.Pattern] = (),
+    layout: Layout | None = None,
 ) -> Params:
     """Read a component's safetensors into parameters of the given tree, strictly and one array at a time.
 
@@ -238,6 +151,7 @@ def load_params(
       dtype: of all parameters; None keeps the file's.
       shardings: one sharding for all, or a tree like ``shapes``; None puts everything on the default device.
       ignored: names that a file may have beside the network's, such as those of a part that is not used.
+      layout: how the file names and keeps the tensors; None: as diffusers and transformers do.
 
     Raises UserError for missing, unexpected, misshapen or non-float tensors, for a corrupt file, for an index that
     leaves its folder and for weights that are only there as a pickle.
@@ -245,6 +159,8 @@ def load_params(
     reader = source if isinstance(source, TensorReader) else open_weights(source)
     leaves = list(names.walk(shapes))
     expected = {n: names.torch_shape(path, leaf.shape) for path, leaf, torch_names in leaves for n in torch_names}
+    if layout is not None:
+        reader = LayoutReader(reader, layout, expected)
     found = _match_names(reader, expected, ignored)
     check_tensors(reader, found, expected)
     one_for_all = shardings is None or isinstance(shardings, jax.sharding.Sharding)

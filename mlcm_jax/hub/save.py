@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub import names
-from mlcm_jax.hub.load import DTYPES
+from mlcm_jax.hub.tensor_reader import DTYPES
 from mlcm_jax.types import Params
 
 FORMAT = {"format": "pt"}  # transformers and diffusers refuse a file without it

@@ -16,7 +16,7 @@ from mlcm_jax.data.prompts import read_prompts
 from mlcm_jax.errors import UserError
 from mlcm_jax.export import export
 from mlcm_jax.hub.load import read_json
-from mlcm_jax.hub.pipeline import Pipeline, load_network, load_pipeline, read_architecture
+from mlcm_jax.hub.pipeline import Pipeline, load_part, load_pipeline, read_architecture
 from mlcm_jax.hub.save import write_json
 from mlcm_jax.pictures import plot_loss
 from mlcm_jax.train import loop
@@ -69,8 +69,16 @@ def distill(config: ConfigDict, workdir: str | Path, *, plan_only: bool = False)
 def describe_teacher(config: ConfigDict, *, weights_needed: bool) -> Pipeline:
     """The teacher by its config.json files. Where no weights are needed and it is not in a folder here, the files in
     ``config.architecture`` stand in for it, so that nothing is downloaded to plan or to compile."""
-    stand_in = config.architecture and not weights_needed and not Path(config.teacher).is_dir()
-    return read_architecture(config.architecture if stand_in else config.teacher, jnp.dtype(config.compute_dtype))
+    dtype = jnp.dtype(config.compute_dtype)
+    if config.architecture and not weights_needed and not Path(config.teacher).is_dir():
+        return read_architecture(config.architecture, dtype)
+    return read_architecture(config.teacher, dtype, **_files(config))
+
+
+def _files(config: ConfigDict) -> dict[str, str | None]:
+    """Which of the teacher's files are read, as ``load_pipeline`` takes it."""
+    keys = {"architecture": "architecture", "variant": "teacher_variant", "revision": "teacher_revision"}
+    return {name: config[key] or None for name, key in keys.items()}
 
 
 def load_teacher(program: Program, param_dtype: Any) -> Pipeline:
@@ -82,6 +90,7 @@ def load_teacher(program: Program, param_dtype: Any) -> Pipeline:
 
     pipeline = load_pipeline(
         config.teacher,
+        **_files(config),
         dtype=jnp.dtype(config.compute_dtype),
         param_dtype=param_dtype,
         shardings=shardings,
@@ -119,9 +128,11 @@ def full_precision_unet(program: Program, pipeline: Pipeline) -> Params | None:
     if program.config.trainable == "lora":
         return None
     mesh, rules = program.mesh, program.config.sharding_rules
-    unet = load_network(
-        pipeline.folder / "unet",
-        "UNet2DConditionModel",
+    assert pipeline.source is not None  # it was read by load_teacher
+    unet = load_part(
+        pipeline.source,
+        "unet",
+        pipeline.model_index,
         param_dtype=jnp.float32,
         shardings=lambda _part, shapes: sharding.param_shardings(shapes, mesh, rules),
     )

@@ -1,6 +1,7 @@
 """LoRA files: read by stock diffusers and PEFT with the same result as the Flax network, and read back."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.load import listed
-from mlcm_jax.hub.lora import METADATA_KEY, load_lora, save_lora
-from mlcm_jax.hub.pipeline import load_network, network_shapes
+from mlcm_jax.hub.lora import METADATA_KEY, load_lora, save_lora, with_loras
+from mlcm_jax.hub.pipeline import load_network, load_pipeline, network_shapes
 from mlcm_jax.models import lora
 from mlcm_jax.types import TextConditioning
 
@@ -113,6 +114,92 @@ def test_alpha_of_a_foreign_header_is_applied(tree, shapes, tmp_path):
             with_header(r=RANK, lora_alpha=RANK, **refused)
 
 
+def spell_kohya_diffusers(name, tensor):
+    module, _, factor = name.removeprefix("unet.").partition(".lora_")
+    down = factor.startswith("A")
+    return f"lora_unet_{module.replace('.', '_')}.lora_{'down' if down else 'up'}.weight", tensor
+
+
+def spell_diffusers(name, tensor):
+    return name.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."), tensor
+
+
+def spell_processor(name, tensor):
+    name = re.sub(r"\.(attn\d)\.(to_[qkv]|to_out)(\.0)?\.lora_A", r".\1.processor.\2_lora.down", name)
+    return re.sub(r"\.(attn\d)\.(to_[qkv]|to_out)(\.0)?\.lora_B", r".\1.processor.\2_lora.up", name), tensor
+
+
+@pytest.mark.parametrize("spell", [spell_kohya_diffusers, spell_diffusers, spell_processor])
+def test_other_namings(tree, shapes, tmp_path, spell):
+    file = save_lora(tree, tmp_path)
+    tensors = load_file(file)
+    spelt = dict(spell(k, t) for k, t in tensors.items())
+    assert sum(k in tensors for k in spelt) < len(tensors) / 2
+    save_file(spelt, file)
+    jax.tree.map(np.testing.assert_array_equal, load_lora(file, shapes), tree)
+
+
+def adapters(pipe):
+    return {n: p.detach() for n, p in pipe.unet.named_parameters() if ".lora_" in n}
+
+
+def test_kohya(sdxl_folder, tree, shapes, tmp_path):
+    peft, file = save_lora(tree, tmp_path / "peft"), save_lora(tree, tmp_path, naming="kohya", unet_shapes=shapes)
+    tensors = load_file(file)
+    assert "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q.lora_down.weight" in tensors
+    alphas = {k: t.item() for k, t in tensors.items() if k.endswith(".alpha")}
+    assert len(alphas) == len(tensors) // 3 and set(alphas.values()) == {RANK}
+    jax.tree.map(np.testing.assert_array_equal, load_lora(file, shapes), tree)
+    pipes = []
+    for source in (peft, file):
+        pipe = StableDiffusionXLPipeline.from_pretrained(sdxl_folder, local_files_only=True)
+        pipe.load_lora_weights(str(source))
+        pipes.append(adapters(pipe))
+    assert pipes[0].keys() == pipes[1].keys()
+    assert all(torch.equal(pipes[0][k], pipes[1][k]) for k in pipes[0])
+    # another trainer's alpha counts
+    save_file(tensors | {k: torch.tensor(a / 2) for k, a in alphas.items()}, file)
+    halved = load_lora(file, shapes)["mid_block"]["resnets_0"]["conv1"]["up"]
+    np.testing.assert_allclose(halved, 0.5 * tree["mid_block"]["resnets_0"]["conv1"]["up"])
+
+
+def test_layers_may_differ_in_rank_or_lack(tree, shapes, tmp_path):
+    file = save_lora(tree, tmp_path)
+    tensors = load_file(file)
+    stack = "unet.mid_block.attentions.0.transformer_blocks.{}.attn1.to_q.lora_{}.weight"
+    del tensors[stack.format(0, "A")], tensors[stack.format(0, "B")]
+    tensors[stack.format(1, "A")] = tensors[stack.format(1, "A")][:2].clone()
+    tensors[stack.format(1, "B")] = tensors[stack.format(1, "B")][:, :2].clone()
+    save_file(tensors, file)
+    got = load_lora(file, shapes)["mid_block"]["attentions_0"]["transformer_blocks"]["attn1"]["to_q"]
+    want = tree["mid_block"]["attentions_0"]["transformer_blocks"]["attn1"]["to_q"]
+    assert got["down"].shape == (2, 64, 2)
+    np.testing.assert_array_equal(got["down"][0], 0)
+    np.testing.assert_array_equal(got["down"][1], want["down"][1, :, :2])
+    np.testing.assert_array_equal(got["up"][1], want["up"][1, :2])
+
+
+def test_fused_into_a_pipeline_with_its_text_encoder(sdxl_folder, tree, tmp_path):
+    pipeline = load_pipeline(sdxl_folder)
+    file = save_lora(tree, tmp_path)
+    rng = np.random.default_rng(3)
+    query = "text_model_encoder_layers_1_self_attn_q_proj"
+    down, up = (torch.from_numpy(rng.normal(size=s).astype("float32")) for s in ((2, 32), (32, 2)))
+    text = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(1.0)}
+    save_file(load_file(file) | {f"lora_te1_{query}.{k}": t for k, t in text.items()}, file)
+    fused = with_loras(pipeline, [f"{file}:0.5"])
+    want = lora.merge(pipeline.unet.params, lora.scaled(tree, 0.5, 1))
+    jax.tree.map(np.testing.assert_array_equal, fused.unet.params, want)
+    old, new = (
+        p.text_encoders[0].params["text_model"]["encoder"]["layers"]["self_attn"]["q_proj"]["kernel"]
+        for p in (pipeline, fused)
+    )
+    np.testing.assert_array_equal(new[0], old[0])
+    np.testing.assert_allclose(new[1] - old[1], 0.5 * (1 / 2) * (up @ down).T.numpy(), atol=1e-6)
+    with pytest.raises(UserError, match="ends in 'strong', which is no scale"):
+        with_loras(pipeline, [f"{file}:strong"])
+
+
 def pop_layer(tensors):
     name = next(k for k in tensors if "transformer_blocks.1." in k and "to_q.lora_A" in k)
     del tensors[name]
@@ -120,8 +207,8 @@ def pop_layer(tensors):
 
 SPOILT = {
     "layer": (pop_layer, "lacks tensors that belong to its others: unet.*transformer_blocks.1.*to_q.lora_A"),
-    "other": (lambda t: t.update({"unet.nowhere.lora_A.weight": torch.zeros(4, 4)}), "this UNet: unet.nowhere"),
-    "encoder": (lambda t: t.update({"text_encoder.x.lora_A.weight": torch.zeros(4, 4)}), "this UNet: text_encoder.x"),
+    "other": (lambda t: t.update({"unet.nowhere.lora_A.weight": torch.zeros(4, 4)}), "naming: unet.nowhere"),
+    "encoder": (lambda t: t.update({"text_encoder.x.lora_A.weight": torch.zeros(4, 4)}), "naming: text_encoder.x"),
     "shape": (lambda t: t.update({"unet.mid_block.resnets.0.conv1.lora_B.weight": torch.zeros(3, 4, 1, 1)}), "shape"),
     "empty": (lambda t: t.clear(), "it holds no tensors"),
 }

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.torch import load_file
 
 from mlcm_jax.errors import UserError
-from mlcm_jax.hub import pipeline as hub
+from mlcm_jax.hub import fetch
 from mlcm_jax.hub.pipeline import load_pipeline, network_shapes, resolve_folder, save_pipeline
 
 FOLDERS = {"sdxl_folder": StableDiffusionXLPipeline, "sd15_folder": StableDiffusionPipeline}
@@ -153,7 +153,7 @@ def test_paths(copy, monkeypatch, tmp_path):
         asked.append(repo)
         return str(copy)
 
-    monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(fetch.huggingface_hub, "snapshot_download", download)
     assert resolve_folder("owner/name") == copy and asked == ["owner/name"]
     assert resolve_folder(copy) == copy and len(asked) == 1
 

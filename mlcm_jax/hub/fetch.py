@@ -1,0 +1,109 @@
+"""Where a model's files are: in a folder, in a single file with settings elsewhere, or to download from the hub."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+from mlcm_jax.errors import UserError
+from mlcm_jax.hub.single_file import class_of_checkpoint
+from mlcm_jax.hub.tensor_reader import refuse_pickle
+
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+BASE_NAMES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+BASE_NAMES["text_encoder_2"] = "model"
+SHARD = "-?????-of-?????"
+# the settings that a single file does not hold, by its pipeline's class; tokenizers are not among them
+ARCHITECTURES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15"}
+ARCHITECTURE_FOLDER = Path(__file__).parents[2] / "configs" / "architectures"
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """folder: model_index.json, config.json files, tokenizers and, without ``checkpoint``, the weights.
+
+    checkpoint: a single file that holds all weights. variant: of the folder's weights files; None: full precision, or
+    fp16 where that is all there is.
+    """
+
+    folder: Path
+    checkpoint: Path | None = None
+    variant: str | None = None
+
+
+def find_model(
+    model: str | Path,
+    *,
+    architecture: str | Path | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+) -> Source:
+    """The files of a model that is a diffusers folder, a hub id ("owner/name") or a single .safetensors file.
+
+    Args:
+      architecture: with a single file, the diffusers folder or hub id that its settings and tokenizers come from; None:
+        configs/architectures, which has no tokenizers.
+      variant, revision: as diffusers' ``from_pretrained`` takes them.
+
+    Of a hub repository only the safetensors of the variant and the settings are downloaded. Raises UserError for a path
+    that is none of these.
+    """
+    path = Path(model)
+    if path.is_file() and path.suffix == ".safetensors":
+        if variant:
+            raise UserError(f"{model} is a single file, which has no variants: leave out the variant {variant}.")
+        own = ARCHITECTURE_FOLDER / ARCHITECTURES[class_of_checkpoint(path)]
+        return Source(resolve_folder(architecture or own, revision=revision, weights=False), path)
+    return Source(resolve_folder(model, variant=variant, revision=revision), None, variant)
+
+
+def resolve_folder(
+    model: str | Path, *, variant: str | None = None, revision: str | None = None, weights: bool = True
+) -> Path:
+    """The local folder of a model: the path itself, or a download when it looks like a hub id ("owner/name").
+
+    weights: False downloads settings and tokenizers only.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        if revision:
+            raise UserError(f"{model} is a folder here, which has no revisions: leave out the revision {revision}.")
+        return folder
+    if folder.exists():
+        refuse_pickle(folder)
+        raise UserError(
+            f"{model} is a file: name the folder of a diffusers model, the one with model_index.json, or a single "
+            ".safetensors file."
+        )
+    if not _HUB_ID.match(str(model)) or str(model).startswith("."):
+        raise UserError(f"{model} does not exist: name the folder of a diffusers model, or a hub id like owner/name.")
+    return download(str(model), snapshot_patterns(variant, weights), revision)
+
+
+def snapshot_patterns(variant: str | None, weights: bool = True) -> list[str]:
+    """What to download of a diffusers repository: settings and tokenizers, and the safetensors of one variant."""
+    settings = ["model_index.json", *(f"{part}/*.{suffix}" for part in PARTS for suffix in ("json", "txt"))]
+    if not weights:
+        return settings
+    dot = f".{variant}" if variant else ""
+    forms = (f"{dot}.safetensors", f"{dot}{SHARD}.safetensors", f"{SHARD}{dot}.safetensors")
+    return settings + [f"{part}/{base}{form}" for part, base in BASE_NAMES.items() for form in dict.fromkeys(forms)]
+
+
+def download(repository: str, patterns: Sequence[str], revision: str | None = None) -> Path:
+    """Files of a hub repository in huggingface_hub's cache, with its own ways for tokens and for being offline.
+
+    Raises UserError where that fails.
+    """
+    try:
+        folder = huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(patterns))
+    except (OSError, EntryNotFoundError, HFValidationError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(
+            f"{repository} is no folder here, and it could not be downloaded from the hub ({reason})."
+        ) from None
+    return Path(folder)

@@ -1,0 +1,158 @@
+"""One network of a diffusers folder: the module that its config.json describes, and its weights."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mlcm_jax.errors import UserError
+from mlcm_jax.hub.layout import Layout
+from mlcm_jax.hub.load import load_params
+from mlcm_jax.hub.single_file import IGNORED
+from mlcm_jax.hub.tensor_reader import read_json
+from mlcm_jax.types import Params, TextConditioning
+
+# (component name, tree of ShapeDtypeStructs) -> one sharding or a tree of them, as load_params takes it
+ShardingRule = Callable[[str, Params], Any]
+
+
+def _image(size: int) -> jax.Array:
+    return jnp.zeros((1, size, size, 3))
+
+
+def _unet_inputs(config: Mapping[str, Any]) -> tuple:
+    side = 2 ** len(config.get("block_out_channels", (320, 640, 1280, 1280)))
+    width = config.get("cross_attention_dim", 1280)
+    pooled = 1
+    if config.get("addition_embed_type") == "text_time":
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    conditioning = TextConditioning(
+        hidden_states=jnp.zeros((1, 2, width if isinstance(width, int) else width[0])),
+        pooled=jnp.zeros((1, pooled)),
+        time_ids=jnp.zeros((1, 6)),
+    )
+    sample = jnp.zeros((1, side, side, config.get("in_channels", 4)))
+    inputs = (sample, jnp.zeros((1,), jnp.int32), conditioning)
+    guidance_width = config.get("time_cond_proj_dim")
+    return inputs if guidance_width is None else (*inputs, jnp.zeros((1, guidance_width)))
+
+
+def _text_inputs(config: Mapping[str, Any]) -> tuple:
+    return (jnp.zeros((1, min(2, config.get("max_position_embeddings", 77))), jnp.int32),)
+
+
+def _vision_inputs(config: Mapping[str, Any]) -> tuple:
+    return (_image(config.get("image_size", 224)),)
+
+
+def _clip_inputs(config: Mapping[str, Any]) -> tuple:
+    text, vision = (config.get(f"{part}_dict") or config[part] for part in ("text_config", "vision_config"))
+    return *_text_inputs(text), *_vision_inputs(vision)
+
+
+def _vae_inputs(config: Mapping[str, Any]) -> tuple:
+    return (_image(2 ** len(config.get("block_out_channels", (64,)))),)
+
+
+def _tiny_vae_inputs(config: Mapping[str, Any]) -> tuple:
+    return (_image(2 ** len(config.get("num_encoder_blocks", (1, 3, 3, 3)))),)
+
+
+def _lpips_inputs(config: Mapping[str, Any]) -> tuple:
+    return (jnp.zeros((1, 2, 2, config.get("latent_channels", 4))),) * 2
+
+
+class NetworkClass(NamedTuple):
+    """Where the Flax module of a torch class is, and the smallest inputs that its ``init`` takes."""
+
+    module: str
+    attribute: str
+    inputs: Callable[[Mapping[str, Any]], tuple]
+
+
+NETWORKS = {
+    "UNet2DConditionModel": NetworkClass("mlcm_jax.models.unet", "UNet2DConditionModel", _unet_inputs),
+    "AutoencoderKL": NetworkClass("mlcm_jax.models.vae", "AutoencoderKL", _vae_inputs),
+    "AutoencoderTiny": NetworkClass("mlcm_jax.models.tiny_vae", "AutoencoderTiny", _tiny_vae_inputs),
+    "CLIPTextModel": NetworkClass("mlcm_jax.models.clip", "CLIPTextModel", _text_inputs),
+    "CLIPTextModelWithProjection": NetworkClass("mlcm_jax.models.clip", "CLIPTextModel", _text_inputs),
+    "CLIPVisionModelWithProjection": NetworkClass("mlcm_jax.models.clip", "CLIPVisionModel", _vision_inputs),
+    "CLIPModel": NetworkClass("mlcm_jax.models.clip", "CLIPModel", _clip_inputs),
+    "LatentLPIPS": NetworkClass("mlcm_jax.models.latent_lpips", "LatentLPIPS", _lpips_inputs),
+}
+
+
+class Weights(NamedTuple):
+    """A folder, a file or the index of its shards, and how it keeps the tensors (None: as diffusers does)."""
+
+    place: Path
+    layout: Layout | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A module, its parameters and the config.json that both were made from."""
+
+    module: nn.Module
+    params: Params
+    config: dict[str, Any]
+
+
+def network_shapes(module: nn.Module, config: Mapping[str, Any]) -> Params:
+    """Shapes of a network's parameters (a tree of ShapeDtypeStructs); no parameter is allocated."""
+    spec = next(n for n in NETWORKS.values() if n.attribute == type(module).__name__)
+    return parameter_shapes(module, *spec.inputs(config))
+
+
+def parameter_shapes(module: nn.Module, *inputs: Any) -> Params:
+    """Shapes of a module's parameters, a tree of ShapeDtypeStructs; ``inputs`` are what its ``__call__`` takes."""
+    return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+
+
+def check_class(folder: Path, class_name: str):
+    if class_name not in NETWORKS:
+        raise UserError(f"{folder} is a {class_name}, which is not supported: use {', '.join(NETWORKS)}.")
+
+
+def load_network(
+    folder: str | Path,
+    class_name: str,
+    *,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = None,
+    shardings: ShardingRule | None = None,
+    weights: Weights | None = None,
+) -> Network:
+    """Build one component from its config.json and read its weights.
+
+    Args:
+      weights: where they are; None: full precision, or else fp16, in the folder.
+      class_name: the torch class, a key of ``NETWORKS``.
+      dtype: compute dtype of the module. param_dtype: of the parameters; None keeps the file's.
+      shardings: called with the folder's name and the tree of shapes.
+
+    An autoencoder that asks for it (``force_upcast``, as diffusers reads it) computes in float32 and keeps the file's
+    dtype. Raises UserError for a class or a setting that is not supported and as ``load_params`` does.
+    """
+    network = describe_network(Path(folder), class_name, dtype)
+    if class_name == "AutoencoderKL" and network.module.config.force_upcast:
+        network, param_dtype = describe_network(Path(folder), class_name, jnp.float32), None
+    placed = None if shardings is None else shardings(Path(folder).name, network.params)
+    source, layout = weights or Weights(Path(folder))
+    ignored = IGNORED if layout else ()
+    params = load_params(network.params, source, dtype=param_dtype, shardings=placed, ignored=ignored, layout=layout)
+    return dataclasses.replace(network, params=params)
+
+
+def describe_network(folder: Path, class_name: str, dtype: Any) -> Network:
+    """A component by its config.json alone: its parameters are ShapeDtypeStructs."""
+    check_class(folder, class_name)
+    config = read_json(folder / "config.json")
+    spec = NETWORKS[class_name]
+    module = getattr(importlib.import_module(spec.module), spec.attribute).from_config(config, dtype=dtype)
+    return Network(module, network_shapes(module, config), config)

@@ -1,0 +1,163 @@
+"""Tensors of safetensors files: one, or the shards that an index names. Nothing else is ever opened."""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from mlcm_jax.errors import UserError
+
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+BASE_NAMES = ("diffusion_pytorch_model", "model")
+LAYOUTS = ("{}.safetensors", "{}.safetensors.index.json")
+VARIANT_LAYOUTS = (
+    "{}.{variant}.safetensors",
+    "{}.safetensors.index.{variant}.json",
+    "{}.{variant}.safetensors.index.json",
+)
+PICKLES = ("*.bin", "*.bin.index.json", "*.ckpt", "*.pt", "*.pth")
+
+NUM_LISTED = 5
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; raises UserError when it is absent or is not a JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} is not a readable JSON file ({e}).") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object.")
+    return value
+
+
+def listed(items: Iterable[str]) -> str:
+    """The first few of many names and the number of the others, for messages."""
+    items = sorted(items)
+    rest = f" and {len(items) - NUM_LISTED} more" if len(items) > NUM_LISTED else ""
+    return ", ".join(items[:NUM_LISTED]) + rest
+
+
+def _offsets(file: Path) -> tuple[int, dict[str, Any]]:
+    """Where the data begin, and the header's entries, of a file that safetensors found in order."""
+    with file.open("rb") as f:
+        size = int.from_bytes(f.read(8), "little")
+        return 8 + size, json.loads(f.read(size))
+
+
+class TensorReader:
+    """Tensors of one safetensors file, or of the shards that an index file names.
+
+    Raises UserError for a corrupt file and for an index that points outside its own folder.
+    """
+
+    def __init__(self, source: Path):
+        self.source = source
+        self.metadata: dict[str, str] = {}
+        self._handles: dict[str, Any] = {}
+        self._files: dict[str, Path] = {}
+        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
+        if source.name.endswith(".json"):
+            self._open_shards(source)
+        else:
+            handle = self._open(source)
+            self.metadata = handle.metadata() or {}
+            self._handles = dict.fromkeys(handle.keys(), handle)
+            self._files = dict.fromkeys(handle.keys(), source)
+
+    @staticmethod
+    def _open(file: Path) -> Any:
+        if not file.is_file():
+            raise UserError(f"{file} does not exist or is not a file.")
+        try:
+            return safe_open(file, framework="np")
+        except (SafetensorError, OSError) as e:
+            raise UserError(f"{file} is not a complete safetensors file ({e}): copy or download it again.") from None
+
+    def _open_shards(self, index: Path):
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+            raise UserError(f"{index} has no weight_map from tensor names to file names.")
+        for file in sorted(set(weight_map.values())):
+            if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+                raise UserError(f"{index} names {file!r}, which is not a safetensors file beside it.")
+        shards = {file: self._open(index.parent / file) for file in sorted(set(weight_map.values()))}
+        held = {file: set(shard.keys()) for file, shard in shards.items()}
+        absent = [name for name, file in weight_map.items() if name not in held[file]]
+        if absent:
+            raise UserError(f"{index} names tensors that its files do not hold: {listed(absent)}.")
+        self._handles = {name: shards[file] for name, file in weight_map.items()}
+        self._files = {name: index.parent / file for name, file in weight_map.items()}
+
+    def names(self) -> list[str]:
+        return list(self._handles)
+
+    def spelling(self, name: str) -> str:
+        """How the file would name a tensor."""
+        return name
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._handles[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """The dtype as the file spells it: F32, BF16, I64..."""
+        return self._handles[name].get_slice(name).get_dtype()
+
+    def read(self, name: str) -> np.ndarray:
+        # Not through the memory map: its pages would count as this process's memory, the whole file in the end.
+        file = self._files[name]
+        if file not in self._headers:
+            self._headers[file] = _offsets(file)
+        start, entries = self._headers[file]
+        try:
+            tensor = np.fromfile(
+                file,
+                jnp.dtype(DTYPES[self.dtype(name)]),
+                math.prod(self.shape(name)),
+                offset=start + entries[name]["data_offsets"][0],
+            )
+            return tensor.reshape(self.shape(name))
+        except (OSError, ValueError) as e:
+            raise UserError(f"{self.source}: tensor {name} cannot be read ({e}).") from None
+
+
+def find_weights(folder: Path, variant: str | None = None) -> Path:
+    """The weights file, or the index of its shards, in a component's folder.
+
+    variant: such as "fp16"; None takes full precision before fp16.
+    """
+    layouts = VARIANT_LAYOUTS if variant else LAYOUTS + VARIANT_LAYOUTS
+    for file in [folder / layout.format(b, variant=variant or "fp16") for layout in layouts for b in BASE_NAMES]:
+        if file.exists():
+            return file
+    pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
+    if pickles:
+        raise UserError(
+            f"{folder} has weights only as a pickle ({listed(pickles)}), never read here: convert it to safetensors."
+        )
+    others = listed(p.name for p in folder.glob("*.safetensors"))
+    raise UserError(
+        f"{folder} has no safetensors weights{f' of the variant {variant}' if variant else ''}: expected "
+        f"{' or '.join(layouts[0].format(b, variant=variant) for b in BASE_NAMES)}"
+        f"{f'; it has {others}, and a variant is chosen by its name' if others else ''}."
+    )
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise UserError for a file that has a pickle's name."""
+    if any(path.match(pattern) for pattern in PICKLES):
+        raise UserError(f"{path} is a pickle, never read here: convert it to safetensors.")
+
+
+def open_weights(source: str | Path) -> TensorReader:
+    """Tensors of a component's folder, or of one .safetensors file; raises UserError for a pickle and for no file."""
+    path = Path(source)
+    refuse_pickle(path)
+    return TensorReader(path if path.suffix in (".safetensors", ".json") else find_weights(path))

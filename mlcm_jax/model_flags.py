@@ -1,0 +1,24 @@
+"""The flags by which a program is told its model, where there is one."""
+
+import jax.numpy as jnp
+from absl import flags
+
+from mlcm_jax.hub.pipeline import Pipeline, load_pipeline
+
+MODEL = flags.DEFINE_string("model", None, "Diffusers folder, hub id or single .safetensors file.", required=True)
+ARCHITECTURE = flags.DEFINE_string(
+    "architecture", None, "With a single file: diffusers folder or hub id of its settings and tokenizers."
+)
+VARIANT = flags.DEFINE_string("variant", None, "Of the weights files, such as fp16; default: full precision.")
+REVISION = flags.DEFINE_string("revision", None, "Of a hub id: branch, tag or commit.")
+
+
+def load_model(dtype: str = "float32") -> Pipeline:
+    """The pipeline that the flags name, to be computed in ``dtype``; raises UserError as ``load_pipeline`` does."""
+    return load_pipeline(
+        str(MODEL.value),
+        architecture=ARCHITECTURE.value,
+        variant=VARIANT.value,
+        revision=REVISION.value,
+        dtype=jnp.dtype(dtype),
+    )
