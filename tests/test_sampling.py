@@ -97,6 +97,8 @@ CONFIGS = {
     "ddim, zero snr": {**SD21, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
     "pndm, trailing": {**SD15, "timestep_spacing": "trailing"},
     "pndm, to one": {**SD15, "set_alpha_to_one": True},
+    "ddim from sdxl": with_class(SDXL, "DDIMScheduler"),
+    "euler from sd15": with_class(SD15, "EulerDiscreteScheduler"),
     "euler from sd21": with_class(SD21, "EulerDiscreteScheduler"),
     "tcd": with_class(SDXL, "TCDScheduler", original_inference_steps=1000),
     "tcd, default": with_class(SDXL, "TCDScheduler"),
