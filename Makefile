@@ -1,18 +1,18 @@
 # Everything runs in .venv, which is made on first use and renewed when setup.py changes.
-#   make train   install, then distil the emoji teacher      make test   lint, types and all tests
-#   make lint    ruff and pyright only
+#   make train   install, then distil the emoji teacher      make test   lint, types and tests
+#   make lint    ruff and pyright only                       make test-all  the slow tests as well
 # Variables: PYTHON, WORKDIR, EXTRAS (cuda or tpu: make train EXTRAS=cuda), PYTEST_FLAGS.
 
 PYTHON ?= python3
 WORKDIR ?= runs/emoji
 EXTRAS ?=
-PYTEST_FLAGS ?= --durations=10
+PYTEST_FLAGS ?= -m 'not slow' --durations=10
 
 BIN := .venv/bin
 STAMP := .venv/.stamp$(EXTRAS:%=-%)
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' setup.py)
 
-.PHONY: train test lint .venv
+.PHONY: train test test-all lint .venv
 
 .venv: $(STAMP)
 
@@ -38,3 +38,6 @@ lint: .venv/.test-stamp
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-all: lint
+	$(BIN)/python -m pytest --durations=10
