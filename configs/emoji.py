@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 from mlcm_jax.config import base
 
 
-def get_config() -> ConfigDict:
+def get_config(variant: str = "full") -> ConfigDict:
     config = base()
+    config.trainable = variant
     config.teacher = "examples/emoji/teacher"
     config.prompts = "examples/emoji/prompts/train.txt"
     config.num_segments = 4

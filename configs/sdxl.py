@@ -13,14 +13,9 @@ prompts: any text file, one prompt a line; the paper took LAION-Aesthetics 6+ ca
 from ml_collections import ConfigDict
 
 from mlcm_jax.config import base
-from mlcm_jax.errors import UserError
-
-VARIANTS = ("full", "lora")
 
 
 def get_config(variant: str = "full") -> ConfigDict:
-    if variant not in VARIANTS:
-        raise UserError(f"configs/sdxl.py has no variant {variant!r}: use one of {', '.join(VARIANTS)}.")
     config = base()
     config.teacher = "stabilityai/stable-diffusion-xl-base-1.0"
     config.architecture = "configs/architectures/sdxl"

@@ -25,6 +25,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
             _fail(_no_config_file(argv))
         return rest
     except flags.Error as e:
+        if "get_config() takes 0 positional arguments" in str(e):
+            _fail(UserError("This configuration has no variants: leave out what follows the colon."))
         _fail(_innermost_user_error(e) or e)
     except (AttributeError, KeyError) as e:
         unknown = _unknown_setting(e)

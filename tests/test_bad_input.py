@@ -71,6 +71,7 @@ TRAIN = {
     "no configuration file": (["--config=configs/nope.py"], ["--config=configs/nope.py is not"]),
     "a mistake in the configuration file": (["--config={files}/config_error.py"], ["'bach_size'", "'batch_size'"]),
     "a wrong variant": (["--config=configs/sdxl.py:small"], ["'small'", "full, lora"]),
+    "a variant of what has none": (["--config=configs/emoji_lcm.py:lora"], ["no variants"]),
     "no teacher": (["--config.teacher={files}/nowhere"], ["{files}/nowhere does not exist"]),
     "a teacher that is no model": (["--config.teacher={files}/no_model"], ["has no model_index.json"]),
     "a teacher without a tensor": (["--config.teacher={files}/missing_tensor"], ["conv_in.weight"]),
