@@ -1,12 +1,12 @@
 """What each part of the method is worth: python benchmarks/ablation.py --latents=FILE --out=runs/ablation.
 
-Distils the emoji teacher once for each row of ROWS and each seed, on equally many examples, and measures the students
-at 1, 2, 4 and 8 steps, all from the same noise. Writes ablation.json, ablation.md and ablation.png. The same command
-goes on where it was stopped, inside a training too. All rows of a seed come before the next seed.
+Distils the emoji teacher once for each row of configs/emoji_ablation.py and each seed, on equally many examples, and
+measures the students at 1, 2, 4 and 8 steps, all from the same noise. Writes ablation.json, ablation.md and
+ablation.png. The same command goes on where it was stopped, inside a training too. All rows of a seed come before the
+next seed.
 docs/ablation.md has the command with all that it needs, and figures.
 """
 
-import dataclasses
 import gc
 import json
 import os
@@ -24,7 +24,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from configs.emoji import get_config
+from configs.emoji_ablation import ROWS, row_config
 from mlcm_jax.cli import run_main
 from mlcm_jax.errors import UserError
 from mlcm_jax.evaluation.drawing import Artist, pixels
@@ -40,78 +40,12 @@ from mlcm_jax.train.run import describe_teacher, distill
 STEPS = (1, 2, 4, 8)
 REFERENCE_STEPS = 25  # of the teacher
 RESAMPLES = 200
-LATE = 0.6  # of a run: where a row's later settings begin
 COMPARED_WITH = "streaming"
 METRICS = {  # of launch/evaluate.py: heading, decimals
     "latent_mse": ("Latent distance to the teacher's 25 steps, lower is better", 3),
     "clip_score": ("CLIP score, higher is better", 3),
     "frechet_distance/clip/baseline": ("Frechet distance to the teacher's 25 steps, lower is better", 2),
     "frechet_distance/clip/data": ("Frechet distance to real pictures, lower is better", 2),
-}
-
-# What all rows change in configs/emoji.py:lora: a LoRA at this rate learns in 150 steps what all weights do in 700.
-BASE = {
-    "lora.rank": 32,
-    "lora.alpha": 32.0,
-    "optim.learning_rate": 1e-3,
-    "optim.warmup_steps": 10,
-    "ema_decay": 0.95,
-    "checkpoint_every": 50,
-    "keep_checkpoints": 1,
-    # The measurements are this program's own: the run's pictures need not be many.
-    "sample.steps": (4,),
-    "sample.teacher_steps": 4,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """What a row changes from the first step on, and in the last part of the run."""
-
-    title: str
-    first: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    late: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-RAW = {"states": "student", "target": "x0", "timesteps": "uniform", "skip": 20, "solver_steps": 1}
-STAGE_2 = {"states": "student", "target": "x0", "solver_steps": 3}
-ROWS = {
-    "one_step": Row("one-step states", {"states": "student", "student_steps": 1}),
-    "mds": Row("MDS", {"states": "mds"}),
-    "streaming": Row("streaming"),
-    "stage2_raw": Row("streaming, stage 2 raw", {}, RAW),
-    "stage2": Row("streaming, stage 2 improved", {}, STAGE_2),
-    "lpips": Row(
-        "stage 2 + latent LPIPS",
-        {"latent_lpips": "examples/emoji/latent_lpips"},
-        STAGE_2 | {"distance": "latent_lpips"},
-    ),
-    "preference": Row(
-        "stage 2 + preference",
-        {"preference.scorer": "clip=examples/emoji/scorer", "preference.target": 1.0},
-        STAGE_2 | {"preference.weight": 100.0},
-    ),
-    "matching": Row(
-        "stage 2 + distribution matching",
-        {"distribution_matching.learning_rate": 1e-4},
-        STAGE_2 | {"distribution_matching.weight": 0.05},
-    ),
-    "adversarial": Row(
-        "stage 2 + adversarial", {"adversarial.learning_rate": 1e-3}, STAGE_2 | {"adversarial.weight": 0.02}
-    ),
-    "lcm": Row(  # configs/emoji_lcm.py at the one guidance scale of the other rows
-        "LCM",
-        {
-            "states": "data",
-            "num_segments": 1,
-            "timesteps": "uniform",
-            "skip": 20,
-            "solver_steps": 1,
-            "target": "x0",
-            "target_network": "ema",
-            "distance": "pseudo_huber",
-        },
-    ),
 }
 
 TEACHER = flags.DEFINE_string("teacher", "examples/emoji/teacher", "Diffusers folder that is distilled.")
@@ -125,17 +59,13 @@ DATA = flags.DEFINE_string("data", None, "Real pictures of the measured prompts:
 OUT = flags.DEFINE_string("out", "runs/ablation", "Folder for the runs and the figures.")
 
 
-def row_config(row: Row, seed: int) -> ConfigDict:
-    """The configuration of a run."""
-    config, num_steps = get_config("lora"), NUM_EXAMPLES.value // BATCH_SIZE.value
-    config.update_from_flattened_dict(BASE)
-    config.update({"teacher": TEACHER.value, "seed": seed, "num_steps": num_steps, "batch_size": BATCH_SIZE.value})
-    config.sample_every = num_steps
-    config.update_from_flattened_dict(dict(row.first))
+def run_config(name: str, seed: int) -> ConfigDict:
+    """The configuration of a row's run with a seed."""
+    num_steps = NUM_EXAMPLES.value // BATCH_SIZE.value
+    config = row_config(name, num_steps)
+    config.update({"teacher": TEACHER.value, "seed": seed, "batch_size": BATCH_SIZE.value, "sample_every": num_steps})
     if config.states == "data":
         config.latents = LATENTS.value
-    if row.late:
-        config.stages = ({"start": max(1, round(LATE * num_steps)), **row.late},)
     return config
 
 
@@ -299,12 +229,13 @@ def check(out: Path) -> list[int]:
 
 def main():
     out = Path(OUT.value)
-    seeds, measure = check(out), Measurer(get_config().guidance_scale)
+    seeds = check(out)
+    measure = Measurer(run_config(COMPARED_WITH, seeds[0]).guidance_scale)
     rows: dict[str, Any] = {"teacher": {"title": "teacher", "flops_per_example": None, "runs": {"0": measure.teacher}}}
     results, text = {"about": provenance() | read_json(out / "settings.json"), "rows": rows}, ""
     for seed in seeds:
         for name in ROW_NAMES.value:
-            config, workdir = row_config(ROWS[name], seed), out / "runs" / f"{name}_{seed}"
+            config, workdir = run_config(name, seed), out / "runs" / f"{name}_{seed}"
             figures = workdir / "figures.json"
             if not figures.is_file():
                 print(f"== {name}, seed {seed}", flush=True)
