@@ -143,7 +143,10 @@ def over_seeds(runs: Mapping[str, Measured], num_steps: int, metric: str) -> Fig
 
 def table(heading: str, rows: Mapping[str, Any], cell) -> str:
     """A Markdown table with a column for each number of steps. cell: (row's key, number of steps) -> Figure."""
-    lines = [f"## {heading}\n", "| row | seeds | GFLOP an example | " + " | ".join(f"{n} steps" for n in STEPS) + " |"]
+    lines = [
+        f"## {heading}\n",
+        "| row | seeds | GFLOP an example | " + " | ".join(f"{n} step{'s' * (n > 1)}" for n in STEPS) + " |",
+    ]
     lines.append("|---" * (3 + len(STEPS)) + "|")
     for key, row in rows.items():
         flops = "" if row["flops_per_example"] is None else f"{row['flops_per_example'] / 1e9:.1f}"
@@ -161,13 +164,14 @@ def report(results: dict[str, Any], out: Path) -> str:
     """Write what there is so far; returns the tables."""
     write_json(results, out / "ablation.json")
     rows = results["rows"]
-    metrics = [m for m in METRICS if m in rows["teacher"]["runs"]["0"]["1"]]
+    some_run = next(iter(rows["teacher"]["runs"].values()))
+    metrics = [m for m in METRICS if m in some_run[str(STEPS[0])]]
     parts = []
     for m in metrics:
         heading, decimals = METRICS[m]
         parts.append(table(heading, rows, lambda k, n, m=m, d=decimals: _text(over_seeds(rows[k]["runs"], n, m), d)))
     if COMPARED_WITH in rows:
-        parts.append(table(f"Latent distance over that of {COMPARED_WITH}, paired", _paired(rows), _ratio(rows)))
+        parts.append(_ratios(rows))
     text = "\n".join(parts)
     (out / "ablation.md").write_text(text)
     _plot(rows, metrics, out / "ablation.png")
@@ -175,17 +179,23 @@ def report(results: dict[str, Any], out: Path) -> str:
 
 
 def _paired(rows: Mapping[str, Any]) -> dict[str, Any]:
-    """Rows with the seeds that the one they are compared with has."""
-    seeds = rows[COMPARED_WITH]["runs"].keys()
-    return {key: row for key, row in rows.items() if row["runs"].keys() == seeds and key != COMPARED_WITH}
+    """The other rows, with those seeds that COMPARED_WITH has as well."""
+    seeds, others = rows[COMPARED_WITH]["runs"], {key: row for key, row in rows.items() if key != COMPARED_WITH}
+    shared = {
+        key: row | {"runs": {s: row["runs"][s] for s in seeds if s in row["runs"]}} for key, row in others.items()
+    }
+    return {key: row for key, row in shared.items() if row["runs"]}
 
 
-def _ratio(rows: Mapping[str, Any]):
+def _ratios(rows: Mapping[str, Any]) -> str:
+    paired, other = _paired(rows), rows[COMPARED_WITH]["runs"]
+
     def cell(key: str, n: int) -> str:
-        mine, other = (over_seeds(rows[k]["runs"], n, "latent_mse") for k in (key, COMPARED_WITH))
-        return _text(mine.over(other), 2)
+        runs = paired[key]["runs"]
+        mine, others = (over_seeds(r, n, "latent_mse") for r in (runs, {s: other[s] for s in runs}))
+        return _text(mine.over(others), 2)
 
-    return cell
+    return table(f"Latent distance over that of {COMPARED_WITH}, paired", paired, cell)
 
 
 def _plot(rows: Mapping[str, Any], metrics: Sequence[str], path: Path) -> None:
@@ -231,7 +241,8 @@ def main():
     out = Path(OUT.value)
     seeds = check(out)
     measure = Measurer(run_config(COMPARED_WITH, seeds[0]).guidance_scale)
-    rows: dict[str, Any] = {"teacher": {"title": "teacher", "flops_per_example": None, "runs": {"0": measure.teacher}}}
+    teacher = {str(seed): measure.teacher for seed in seeds}  # it is the same for each
+    rows: dict[str, Any] = {"teacher": {"title": "teacher", "flops_per_example": None, "runs": teacher}}
     results, text = {"about": provenance() | read_json(out / "settings.json"), "rows": rows}, ""
     for seed in seeds:
         for name in ROW_NAMES.value:
