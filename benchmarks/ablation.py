@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from absl import flags
+from matplotlib.ticker import LogLocator
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -210,6 +211,10 @@ def _plot(rows: Mapping[str, Any], metrics: Sequence[str], path: Path) -> None:
             errors = np.maximum([value - low, high - value], 0)
             panel.errorbar(value, places + shift, xerr=errors, fmt=mark, capsize=3, label=f"{n} steps")
         panel.set(xlabel=METRICS[metric][0].replace(", ", "\n"))
+        if "score" not in metric:
+            panel.set_xscale("log", subs=[])
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter("{x:g}")
         panel.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(places, labels=names)
     axes[0].invert_yaxis()
