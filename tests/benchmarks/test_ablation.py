@@ -64,7 +64,7 @@ def ablation(tmp_path_factory):
     return run
 
 
-@pytest.mark.slow  # two whole programs with a training each: two minutes and more
+@pytest.mark.slow  # two whole programs with a training each: three minutes
 def test_two_rows_one_after_the_other(ablation):
     first = ablation(rows="streaming")
     assert first.returncode == 0, first.stderr[-3000:]
