@@ -153,6 +153,7 @@ _POSITIVE = (lambda v: v > 0), "above 0"
 _NOT_NEGATIVE = (lambda v: v >= 0), "0 or more"
 _GIVEN = bool, "given"
 _SEGMENTS = (lambda v: 1 <= v <= MAX_SEGMENTS), f"from 1 to {MAX_SEGMENTS}"
+_SEED = (lambda v: 0 <= v < 2**31), "from 0 to 2147483647"
 _STEP_COUNTS = (lambda v: len(v) > 0 and all(1 <= n <= 1000 for n in v)), "a list of numbers from 1 to 1000"
 
 _RULES = {
@@ -187,6 +188,7 @@ _RULES = {
     "lora.rank": _POSITIVE,
     "lora.alpha": _POSITIVE,
     "ema_decay": ((lambda v: 0 <= v < 1), "0 or more and less than 1"),
+    "seed": _SEED,
     "num_steps": _POSITIVE,
     "batch_size": _POSITIVE,
     "microbatches": _POSITIVE,

@@ -33,14 +33,15 @@ class Batch:
     """What a training step takes.
 
     jumps: the teacher's jumps from pure noise to each row's state. num_segments: M of this step. guidance_scale: of
-    the teacher. latents: clean ones, scaled, where states are made of data. judge_tokens: the prompts for the judges
-    of the preference term, by the judge's role.
+    the teacher. seed: the run's, so that one compiled program serves all seeds. latents: clean ones, scaled, where
+    states are made of data. judge_tokens: the prompts for the judges of the preference term, by the judge's role.
     """
 
     conditioning: TextConditioning
     jumps: Int[Array, " n"]
     num_segments: Int[Array, ""]
     guidance_scale: Float[Array, " n"]
+    seed: Int[Array, ""]
     latents: Latents | None = None
     judge_tokens: dict[str, Int[Array, "n t"]] = flax.struct.field(default_factory=dict)
 

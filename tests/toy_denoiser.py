@@ -26,12 +26,13 @@ def toy_conditioning(n, seed):
     return TextConditioning(hidden_states=jnp.zeros((n, 2, 3)), pooled=pooled, time_ids=jnp.zeros((n, 6)))
 
 
-def toy_batch(n, seed, jumps, num_segments, guidance_scale=3.0):
+def toy_batch(n, seed, jumps, num_segments, guidance_scale=3.0, run_seed=0):
     return Batch(
         conditioning=toy_conditioning(n, seed),
         jumps=jnp.asarray(jumps, jnp.int32),
         num_segments=jnp.int32(num_segments),
         guidance_scale=jnp.full((n,), guidance_scale, jnp.float32),
+        seed=jnp.int32(run_seed),
     )
 
 

@@ -46,6 +46,7 @@ class Feed:
             jumps=put(rows.jumps.astype(np.int32)),
             num_segments=jax.device_put(np.int32(stage.stage.config.num_segments), one),
             guidance_scale=put(rows.guidance_scale),
+            seed=jax.device_put(np.int32(config.seed), one),
             latents=put(self._latents[numbers]) if stage.batch.latents is not None and self._latents else None,
             judge_tokens=put(self._program.auxiliary.tokenize(prompts)) if stage.batch.judge_tokens else {},
         )

@@ -178,6 +178,7 @@ def _batch_shapes(
         jumps=row(jnp.int32),
         num_segments=one,
         guidance_scale=row(jnp.float32),
+        seed=one,
         latents=latents if config.states == "data" else None,
         judge_tokens={role: row(jnp.int32, tokens.shape[1]) for role, tokens in auxiliary.tokenize([""]).items()}
         if config.preference.weight > 0

@@ -80,7 +80,7 @@ def make_train_step(
     def train_step(state: TrainState, frozen: Frozen, batch: Batch):
         n = batch.jumps.shape[0]
         told = Told(batch.conditioning, batch.guidance_scale)
-        noise = jax.random.normal(rng.stream(config.seed, "noise", state.step), (n, *latent_shape))
+        noise = jax.random.normal(rng.stream(batch.seed, "noise", state.step), (n, *latent_shape))
 
         def teacher_x0(told, z, t):
             predict = partial(apply, {"params": frozen.teacher})
@@ -92,7 +92,7 @@ def make_train_step(
             output = setting.student_output(student_variables(params, frozen.teacher, config), z, t, told)
             return predict_x0_eps(schedule, output, z, t).x0
 
-        key = rng.stream(config.seed, "timesteps", state.step)
+        key = rng.stream(batch.seed, "timesteps", state.step)
         source = Source(schedule, config, partial(teacher_x0, told), partial(student_x0, state.params, told), key)
         rows = Rows(batch.jumps, batch.num_segments, constrain(noise), batch.latents)
         (z_m, t_m, z_n, t_n, edge, clean), pool = draw_states(source, rows, state.pool)
@@ -122,7 +122,7 @@ def make_train_step(
             return loss, (losses, x0)
 
         examples = Examples(z_m, t_m, edge, target, clean, told, batch.judge_tokens)
-        key = rng.stream(config.seed, "terms", state.step)
+        key = rng.stream(batch.seed, "terms", state.step)
         (loss, (losses, x0)), grads = value_and_grad(loss_fn, state.params, examples, key, config.microbatches)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = cast(Params, optax.apply_updates(state.params, updates))
@@ -134,7 +134,7 @@ def make_train_step(
 
         rivals, drawn = dict(state.rivals), (jax.lax.stop_gradient(x0), examples)
         for name, term in rivals_of.items():
-            key = rng.stream(config.seed, f"{name}_rival", state.step)
+            key = rng.stream(batch.seed, f"{name}_rival", state.step)
             rival_fn = partial(rival_loss, term)
             rivals[name], losses[f"{name}_rival"] = train_rival(rival_fn, rivals[name], drawn, key, config, name)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "num_segments": batch.num_segments}

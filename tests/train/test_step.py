@@ -148,6 +148,17 @@ def test_repeated_steps_lower_the_loss_and_keep_the_average(distance):
     assert float(toy_step(config, optimizer)(again, frozen, batch)[1]["loss"]) < float(metrics["loss"])
 
 
+def test_one_program_serves_every_seed():
+    optimizer, frozen = optax.sgd(0.1), Frozen(toy_params(2), toy_conditioning(1, 4))
+    state, step = toy_state(toy_params(1), optimizer, 4), toy_step(settings(), optimizer)
+    for seed in (0, 7):
+        batch = toy_batch(4, 3, [0] * 4, 4, run_seed=seed)
+        unconditional = jax.tree.map(lambda a: jnp.repeat(a, 4, axis=0), frozen.unconditional)
+        alone = reference_gradient(state.params, frozen.teacher, batch, unconditional, 0, settings(seed=seed))
+        np.testing.assert_allclose(step(state, frozen, batch)[1]["loss"], alone[0], rtol=1e-4)
+    assert step._cache_size() == 1
+
+
 def test_update_ema():
     ema = update_ema({"w": jnp.float32(1.0)}, {"w": jnp.bfloat16(3.0)}, 0.75)
     assert ema["w"].dtype == jnp.float32 and float(ema["w"]) == 1.5
@@ -156,6 +167,7 @@ def test_update_ema():
 # --- the real network on one device and on meshes of them
 
 MESHES = {1: (1, 1, 1), 4: (2, 2, 1), 8: (2, 2, 2)}
+RUNS = [(1, 1), (4, 1), (8, 1), (4, 2)]  # devices, microbatches
 
 
 def run_steps(architecture, config, num_devices, num_steps):
@@ -168,6 +180,7 @@ def run_steps(architecture, config, num_devices, num_steps):
         conditioning=random_like(stage.batch.conditioning, 2, 1.0),
         num_segments=jax.device_put(np.int32(config.num_segments), stage.batch.num_segments.sharding),
         guidance_scale=jax.device_put(np.full(config.batch_size, 3, np.float32), stage.batch.jumps.sharding),
+        seed=jax.device_put(np.int32(config.seed), stage.batch.seed.sharding),
     )
     state = program.init_state(random_like(program.frozen.teacher, 0, 0.1))
     before = jax.device_get((frozen.teacher, state.params))
@@ -184,14 +197,18 @@ def run_steps(architecture, config, num_devices, num_steps):
 @pytest.mark.usefixtures("quick_compiles")
 def test_full_training_is_the_same_on_every_mesh(architecture):
     config = settings(num_segments=2, ema_decay=0.9)
-    results = {n: run_steps(architecture, config.copy_and_resolve_references(), n, 3) for n in MESHES}
-    _, losses, start, state = results[1]
+    results = {}
+    for devices, config.microbatches in RUNS:
+        results[devices, config.microbatches] = run_steps(
+            architecture, config.copy_and_resolve_references(), devices, 3
+        )
+    _, losses, start, state = results[1, 1]
     expected = jax.device_get(state.params)
     assert min(losses) > 1e-5
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), expected, start)
     assert max(jax.tree.leaves(moved)) > 1e-4, "the updates are too small to compare"
-    for n in (4, 8):
-        program, sharded_losses, _, sharded = results[n]
+    for run in RUNS[1:]:
+        program, sharded_losses, _, sharded = results[run]
         assert program.plan.sharded_fraction > 0.3
         np.testing.assert_allclose(sharded_losses, losses, rtol=1e-4)
         difference = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), expected, jax.device_get(sharded.params))

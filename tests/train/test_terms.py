@@ -136,6 +136,7 @@ def test_a_step_with_all_terms_trains_student_and_rivals(convolutional):
         conditioning=random_like(stage.batch.conditioning, 2, 1.0),
         num_segments=jnp.int32(2),
         guidance_scale=jnp.full(4, 3.0),
+        seed=jnp.int32(0),
         jumps=jnp.asarray(rows_at((stage.stage,), 0).jumps, jnp.int32),
     )
     before = jax.device_get(state)

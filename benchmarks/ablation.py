@@ -1,0 +1,270 @@
+"""What each part of the method is worth: python benchmarks/ablation.py --latents=FILE --out=runs/ablation.
+
+Distils the emoji teacher once for each row of configs/emoji_ablation.py and each seed, on equally many examples, and
+measures the students at 1, 2, 4 and 8 steps, all from the same noise. Writes ablation.json, ablation.md and
+ablation.png. The same command goes on where it was stopped, inside a training too. All rows of a seed come before the
+next seed.
+docs/ablation.md has the command with all that it needs, and figures.
+"""
+
+import gc
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as in launch/evaluate.py
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+from absl import flags
+from matplotlib.ticker import LogLocator
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from configs.emoji_ablation import ROWS, row_config
+from mlcm_jax.cli import run_main
+from mlcm_jax.errors import UserError
+from mlcm_jax.evaluation.drawing import Artist, pixels
+from mlcm_jax.evaluation.measure import Figure
+from mlcm_jax.evaluation.program import Bench, Settings, chosen_prompts, data_features, load_judges
+from mlcm_jax.evaluation.provenance import provenance
+from mlcm_jax.hub.load import read_json
+from mlcm_jax.hub.pipeline import Pipeline, load_pipeline
+from mlcm_jax.hub.save import write_json
+from mlcm_jax.train.program import build_program
+from mlcm_jax.train.run import describe_teacher, distill
+
+STEPS = (1, 2, 4, 8)
+REFERENCE_STEPS = 25  # of the teacher
+RESAMPLES = 200
+COMPARED_WITH = "streaming"
+METRICS = {  # of launch/evaluate.py: heading, decimals
+    "latent_mse": ("Latent distance to the teacher's 25 steps, lower is better", 3),
+    "clip_score": ("CLIP score, higher is better", 3),
+    "frechet_distance/clip/baseline": ("Frechet distance to the teacher's 25 steps, lower is better", 2),
+    "frechet_distance/clip/data": ("Frechet distance to real pictures, lower is better", 2),
+}
+
+TEACHER = flags.DEFINE_string("teacher", "examples/emoji/teacher", "Diffusers folder that is distilled.")
+ROW_NAMES = flags.DEFINE_list("rows", list(ROWS), f"Of {', '.join(ROWS)}.")
+NUM_EXAMPLES = flags.DEFINE_integer("num_examples", 11_200, "Training examples of each run.", lower_bound=2)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Examples a training step.", lower_bound=1)
+SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "A training for each, whose figures are averaged.")
+NUM_IMAGES = flags.DEFINE_integer("num_images", 512, "Pictures that are measured.", lower_bound=4)
+LATENTS = flags.DEFINE_string("latents", None, "File of launch/encode.py for the training prompts, for the row lcm.")
+DATA = flags.DEFINE_string("data", None, "Real pictures of the measured prompts: examples/emoji/real_pictures.py.")
+OUT = flags.DEFINE_string("out", "runs/ablation", "Folder for the runs and the figures.")
+
+
+def run_config(name: str, seed: int) -> ConfigDict:
+    """The configuration of a row's run with a seed."""
+    num_steps = NUM_EXAMPLES.value // BATCH_SIZE.value
+    config = row_config(name, num_steps)
+    config.update({"teacher": TEACHER.value, "seed": seed, "batch_size": BATCH_SIZE.value, "sample_every": num_steps})
+    if config.states == "data":
+        config.latents = LATENTS.value
+    return config
+
+
+def flops_per_example(config: ConfigDict) -> float:
+    """Mean over the run's stages: matrix products and convolutions of the steps, with loops counted in full."""
+    stages = build_program(config, describe_teacher(config, weights_needed=False)).plan.stages
+    return sum((s.end - s.start) * s.flops_per_step for s in stages) / stages[-1].end / config.batch_size
+
+
+def evaluation(guidance_scale: float) -> Settings:
+    """What is measured, in launch/evaluate.py's terms."""
+    return Settings(
+        model=TEACHER.value,
+        baseline=TEACHER.value,
+        steps=[str(n) for n in STEPS],
+        reference_steps=REFERENCE_STEPS,
+        guidance_scale=None,
+        baseline_guidance_scale=guidance_scale,
+        prompts="examples/emoji/prompts/eval.txt",
+        num_images=NUM_IMAGES.value,
+        data=DATA.value,
+        data_matches_prompts=True,
+        scorer="examples/emoji/scorer",
+        scorers=[],
+        features=[],
+        diversity_prompts=0,
+        diversity_seeds=2,
+        resamples=RESAMPLES,
+        seed=0,
+        batch_size=64,
+        dtype="float32",
+    )
+
+
+Measured = dict[str, dict[str, Any]]  # number of steps -> metric -> value and replicates, as JSON has them
+
+
+class Measurer:
+    """Draws with one student after another, and compares with the teacher's pictures, which it draws once."""
+
+    def __init__(self, guidance_scale: float):
+        settings = evaluation(guidance_scale)
+        self._prompts, judges = chosen_prompts(settings), load_judges(settings)
+        teacher = load_pipeline(TEACHER.value, dtype=jnp.float32)
+        data = data_features(settings, judges, pixels(teacher))
+        self._bench = Bench(settings, self._prompts, judges, data, tqdm(disable=True))
+        artist = self._artist("teacher", teacher, guidance_scale)
+        self._bench.measure(artist, REFERENCE_STEPS, as_reference=True)
+        self.teacher = self._measured(artist)
+
+    def __call__(self, folder: Path) -> Measured:
+        """Figures of an exported student, whose guidance is in its weights."""
+        return self._measured(self._artist("student", load_pipeline(folder, dtype=jnp.float32), 1.0))
+
+    def _artist(self, name: str, pipeline: Pipeline, guidance_scale: float) -> Artist:
+        return Artist(pipeline, self._prompts, name=name, guidance_scale=guidance_scale, batch_size=64)
+
+    def _measured(self, artist: Artist) -> Measured:
+        found = {str(n): self._bench.measure(artist, n).figures for n in STEPS}
+        return {n: {m: _as_json(figures[m]) for m in METRICS if m in figures} for n, figures in found.items()}
+
+
+def _as_json(figure: Figure) -> dict[str, Any]:
+    return {"value": figure.value, "replicates": [float(f"{r:.6g}") for r in figure.replicates[:RESAMPLES]]}
+
+
+def over_seeds(runs: Mapping[str, Measured], num_steps: int, metric: str) -> Figure:
+    """The mean over seeds. Its replicates draw seeds anew as well as prompts, the same ones for all rows."""
+    figures = [run[str(num_steps)][metric] for run in runs.values()]
+    replicates, n = np.array([figure["replicates"] for figure in figures]), len(figures)
+    seeds = np.random.default_rng(n).integers(n, size=(RESAMPLES, n))
+    drawn = replicates[seeds, np.arange(RESAMPLES)[:, None]].mean(axis=1)
+    return Figure(float(np.mean([figure["value"] for figure in figures])), drawn)
+
+
+def table(heading: str, rows: Mapping[str, Any], cell) -> str:
+    """A Markdown table with a column for each number of steps. cell: (row's key, number of steps) -> Figure."""
+    lines = [
+        f"## {heading}\n",
+        "| row | seeds | GFLOP an example | " + " | ".join(f"{n} step{'s' * (n > 1)}" for n in STEPS) + " |",
+    ]
+    lines.append("|---" * (3 + len(STEPS)) + "|")
+    for key, row in rows.items():
+        flops = "" if row["flops_per_example"] is None else f"{row['flops_per_example'] / 1e9:.1f}"
+        cells = " | ".join(cell(key, n) for n in STEPS)
+        lines.append(f"| {row['title']} | {len(row['runs'])} | {flops} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def _text(figure: Figure, decimals: int) -> str:
+    low, high = figure.interval
+    return f"{figure.value:.{decimals}f} ({low:.{decimals}f} to {high:.{decimals}f})"
+
+
+def report(results: dict[str, Any], out: Path) -> str:
+    """Write what there is so far; returns the tables."""
+    write_json(results, out / "ablation.json")
+    rows = results["rows"]
+    some_run = next(iter(rows["teacher"]["runs"].values()))
+    metrics = [m for m in METRICS if m in some_run[str(STEPS[0])]]
+    parts = []
+    for m in metrics:
+        heading, decimals = METRICS[m]
+        parts.append(table(heading, rows, lambda k, n, m=m, d=decimals: _text(over_seeds(rows[k]["runs"], n, m), d)))
+    if COMPARED_WITH in rows:
+        parts.append(_ratios(rows))
+    text = "\n".join(parts)
+    (out / "ablation.md").write_text(text)
+    _plot(rows, metrics, out / "ablation.png")
+    return text
+
+
+def _paired(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """The other rows, with those seeds that COMPARED_WITH has as well."""
+    seeds, others = rows[COMPARED_WITH]["runs"], {key: row for key, row in rows.items() if key != COMPARED_WITH}
+    shared = {
+        key: row | {"runs": {s: row["runs"][s] for s in seeds if s in row["runs"]}} for key, row in others.items()
+    }
+    return {key: row for key, row in shared.items() if row["runs"]}
+
+
+def _ratios(rows: Mapping[str, Any]) -> str:
+    paired, other = _paired(rows), rows[COMPARED_WITH]["runs"]
+
+    def cell(key: str, n: int) -> str:
+        runs = paired[key]["runs"]
+        mine, others = (over_seeds(r, n, "latent_mse") for r in (runs, {s: other[s] for s in runs}))
+        return _text(mine.over(others), 2)
+
+    return table(f"Latent distance over that of {COMPARED_WITH}, paired", paired, cell)
+
+
+def _plot(rows: Mapping[str, Any], metrics: Sequence[str], path: Path) -> None:
+    """A panel for each metric: the rows one below the other, with their intervals at 2 and 4 steps."""
+    figure, axes = plt.subplots(1, len(metrics), figsize=(4.5 * len(metrics), 4.5), layout="constrained", sharey=True)
+    names, places = [row["title"] for row in rows.values()], np.arange(len(rows))
+    for panel, metric in zip(axes, metrics, strict=True):
+        for n, mark, shift in ((2, "s", -0.12), (4, "o", 0.12)):
+            found = [over_seeds(row["runs"], n, metric) for row in rows.values()]
+            value = np.array([f.value for f in found])
+            low, high = np.array([f.interval for f in found]).T
+            errors = np.maximum([value - low, high - value], 0)
+            panel.errorbar(value, places + shift, xerr=errors, fmt=mark, capsize=3, label=f"{n} steps")
+        panel.set(xlabel=METRICS[metric][0].replace(", ", "\n"))
+        if "score" not in metric:
+            panel.set_xscale("log", subs=[])
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter("{x:g}")
+        panel.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(places, labels=names)
+    axes[0].invert_yaxis()
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def check(out: Path) -> list[int]:
+    """The seeds; raises UserError for flags that cannot work, and for a folder of figures that other flags made."""
+    if unknown := [name for name in ROW_NAMES.value if name not in ROWS]:
+        raise UserError(f"--rows has {unknown[0]!r}, which is no row: use some of {', '.join(ROWS)}.")
+    if "lcm" in ROW_NAMES.value and not LATENTS.value:
+        raise UserError("The row lcm needs --latents: make the file with launch/encode.py, or give --rows without lcm.")
+    if NUM_EXAMPLES.value < 2 * BATCH_SIZE.value:
+        raise UserError(f"--num_examples={NUM_EXAMPLES.value} is less than two steps of {BATCH_SIZE.value}: raise it.")
+    if not all(seed.isdigit() for seed in SEEDS.value) or not SEEDS.value:
+        raise UserError(f"--seeds={','.join(SEEDS.value)} is no list of whole numbers: write one like 0,1,2.")
+    names, file = ("teacher", "num_examples", "batch_size", "num_images", "data"), out / "settings.json"
+    settings = {name: flags.FLAGS[name].value for name in names}
+    if file.is_file() and read_json(file) != settings:
+        raise UserError(f"{out} holds figures of other settings: use another --out, or those in {file}.")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(settings, file)
+    return [int(seed) for seed in SEEDS.value]
+
+
+def main():
+    out = Path(OUT.value)
+    seeds = check(out)
+    measure = Measurer(run_config(COMPARED_WITH, seeds[0]).guidance_scale)
+    teacher = {str(seed): measure.teacher for seed in seeds}  # it is the same for each
+    rows: dict[str, Any] = {"teacher": {"title": "teacher", "flops_per_example": None, "runs": teacher}}
+    results, text = {"about": provenance() | read_json(out / "settings.json"), "rows": rows}, ""
+    for seed in seeds:
+        for name in ROW_NAMES.value:
+            config, workdir = run_config(name, seed), out / "runs" / f"{name}_{seed}"
+            figures = workdir / "figures.json"
+            if not figures.is_file():
+                print(f"== {name}, seed {seed}", flush=True)
+                distill(config, workdir)
+                write_json(measure(workdir / "export"), figures)
+                jax.clear_caches()  # of steps that no later run takes
+                gc.collect()
+            if name not in rows:
+                rows[name] = {"title": ROWS[name].title, "flops_per_example": flops_per_example(config), "runs": {}}
+            rows[name]["runs"][str(seed)] = json.loads(figures.read_text())
+            text = report(results, out)
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,100 @@
+"""The rows of docs/ablation.md: what each part of the method is worth on the emoji teacher.
+
+    python launch/train.py --config=configs/emoji_ablation.py:streaming --workdir=runs/streaming
+    python benchmarks/ablation.py --latents=FILE --out=runs/ablation       # all rows, with their figures
+
+The parts are those of MLCM / TLCM (arXiv 2406.05768, table 2), and LCM (2310.04378) beside them. Each further loss is
+alone on top of the improved stage 2.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs.emoji import get_config as emoji_config
+from mlcm_jax.errors import UserError
+
+LATE = 0.6  # of a run: where a row's later settings begin
+
+# What all rows change in configs/emoji.py:lora: a LoRA at this rate learns in 150 steps what all weights do in 700.
+BASE = {
+    "lora.rank": 32,
+    "lora.alpha": 32.0,
+    "optim.learning_rate": 1e-3,
+    "optim.warmup_steps": 10,
+    "ema_decay": 0.95,
+    "checkpoint_every": 50,
+    "keep_checkpoints": 1,
+    # The measurements are this program's own: the run's pictures need not be many.
+    "sample.steps": (4,),
+    "sample.teacher_steps": 4,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What a row changes from the first step on, and in the last part of the run."""
+
+    title: str
+    first: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    late: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+RAW = {"states": "student", "target": "x0", "timesteps": "uniform", "skip": 20, "solver_steps": 1}
+STAGE_2 = {"states": "student", "target": "x0", "solver_steps": 3}
+ROWS = {
+    "one_step": Row("one-step states", {"states": "student", "student_steps": 1}),
+    "mds": Row("MDS", {"states": "mds"}),
+    "streaming": Row("streaming"),
+    "stage2_raw": Row("streaming, stage 2 raw", {}, RAW),
+    "stage2": Row("streaming, stage 2 improved", {}, STAGE_2),
+    "lpips": Row(
+        "stage 2 + latent LPIPS",
+        {"latent_lpips": "examples/emoji/latent_lpips"},
+        STAGE_2 | {"distance": "latent_lpips"},
+    ),
+    "preference": Row(
+        "stage 2 + preference",
+        {"preference.scorer": "clip=examples/emoji/scorer", "preference.target": 1.0},
+        STAGE_2 | {"preference.weight": 100.0},
+    ),
+    "matching": Row(
+        "stage 2 + distribution matching",
+        {"distribution_matching.learning_rate": 1e-4},
+        STAGE_2 | {"distribution_matching.weight": 0.05},
+    ),
+    "adversarial": Row(
+        "stage 2 + adversarial", {"adversarial.learning_rate": 1e-3}, STAGE_2 | {"adversarial.weight": 0.02}
+    ),
+    "lcm": Row(  # configs/emoji_lcm.py at the one guidance scale of the other rows
+        "LCM",
+        {
+            "states": "data",
+            "num_segments": 1,
+            "timesteps": "uniform",
+            "skip": 20,
+            "solver_steps": 1,
+            "target": "x0",
+            "target_network": "ema",
+            "distance": "pseudo_huber",
+        },
+    ),
+}
+
+
+def row_config(name: str, num_steps: int) -> ConfigDict:
+    """The configuration of a row's run; raises UserError for a name that is no row."""
+    if name not in ROWS:
+        raise UserError(f"{name!r} is no row of the ablation: use one of {', '.join(ROWS)}.")
+    row, config = ROWS[name], emoji_config("lora")
+    config.update_from_flattened_dict(BASE | dict(row.first))
+    config.num_steps = num_steps
+    if row.late:
+        config.stages = ({"start": max(1, round(LATE * num_steps)), **row.late},)
+    return config
+
+
+def get_config(variant: str = "streaming") -> ConfigDict:
+    return row_config(variant, 700)
