@@ -13,6 +13,7 @@ from mlcm_jax.evaluation.clip_score import clip_scores, load_scorer_tokenizer, t
 from mlcm_jax.evaluation.hps_v2 import load_hps_v2
 from mlcm_jax.evaluation.image_reward import load_image_reward
 from mlcm_jax.evaluation.judge import Judge
+from mlcm_jax.evaluation.mps import load_mps
 from mlcm_jax.evaluation.pick_score import load_pick_score, load_similarity
 
 Score = Callable[[UInt8[np.ndarray, "n H W 3"], Sequence[str]], Float[np.ndarray, " n"]]
@@ -37,6 +38,7 @@ JUDGES: dict[str, Callable[..., Judge]] = {
     "clip": load_similarity,
     "hps_v2": load_hps_v2,
     "image_reward": load_image_reward,
+    "mps": load_mps,
     "pick_score": load_pick_score,
 }
 # The same for finished pictures; CLIP's features are then shared with other figures.

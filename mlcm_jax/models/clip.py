@@ -136,6 +136,14 @@ class CLIPTextModel(nn.Module):
         return CLIPTextOutput(out.penultimate, out.last_hidden_state, project(out.pooled))
 
 
+@flax.struct.dataclass
+class CLIPVisionOutput:
+    """last_hidden_state: of all positions, before the final norm. pooled: the first position's, after it."""
+
+    last_hidden_state: Float[Array, "n t d"]
+    pooled: Float[Array, "n d"]
+
+
 class CLIPVisionEmbeddings(nn.Module):
     config: VisionTowerConfig
     dtype: jnp.dtype
@@ -160,12 +168,12 @@ class CLIPVisionTransformer(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, pixel_values: Float[Array, "n h w 3"]) -> Float[Array, "n d"]:
+    def __call__(self, pixel_values: Float[Array, "n h w 3"]) -> CLIPVisionOutput:
         cfg = self.config
         x = CLIPVisionEmbeddings(cfg, self.dtype, name="embeddings")(pixel_values)
         x = LayerNorm(cfg.layer_norm_eps, self.dtype, name="pre_layrnorm")(x)
         x, _ = CLIPEncoder(cfg, self.dtype, name="encoder")(x, None)
-        return LayerNorm(cfg.layer_norm_eps, self.dtype, name="post_layernorm")(x[:, 0])
+        return CLIPVisionOutput(x, LayerNorm(cfg.layer_norm_eps, self.dtype, name="post_layernorm")(x[:, 0]))
 
 
 class CLIPVisionModel(nn.Module):
@@ -182,8 +190,8 @@ class CLIPVisionModel(nn.Module):
     @nn.compact
     def __call__(self, pixel_values: Float[Array, "n h w 3"]) -> Float[Array, "n p"]:
         """Image embeddings of normalised pixels."""
-        pooled = CLIPVisionTransformer(self.config, self.dtype, name="vision_model")(pixel_values)
-        return Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype, name="visual_projection")(pooled)
+        out = CLIPVisionTransformer(self.config, self.dtype, name="vision_model")(pixel_values)
+        return Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype, name="visual_projection")(out.pooled)
 
 
 class CLIPModel(nn.Module):
@@ -212,7 +220,7 @@ class CLIPModel(nn.Module):
         return self.encode_images(pixel_values), self.encode_texts(input_ids)
 
     def encode_images(self, pixel_values: Float[Array, "m h w 3"]) -> Float[Array, "m p"]:
-        return self.visual_projection(self.vision_model(pixel_values))
+        return self.visual_projection(self.vision_model(pixel_values).pooled)
 
     def encode_texts(self, input_ids: Int[Array, "n t"]) -> Float[Array, "n p"]:
         return self.text_projection(self.text_model(input_ids).pooled)

@@ -7,8 +7,11 @@ The packages do not go together with what the tests install, so their outputs ar
         huggingface_hub==0.26.5 timm==0.6.13 fairscale==0.4.13
     PYTHONPATH=tests:A python tests/evaluation/recorded/record.py inception open_clip
     PYTHONPATH=tests:B:A python tests/evaluation/recorded/record.py image_reward
+    pip install --no-deps --target=C einops==0.8.2
+    git clone https://github.com/Kwai-Kolors/MPS D
+    PYTHONPATH=tests:C:D python tests/evaluation/recorded/record.py mps
 
-with torch 2.13.0 installed, CPU, float32.
+with torch 2.13.0 and transformers 5 installed, CPU, float32.
 """
 
 import json
@@ -29,6 +32,18 @@ OPEN_CLIP = {
 VISION = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 3}
 MED = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 MED |= {"vocab_size": 40, "max_position_embeddings": 10, "layer_norm_eps": 1e-12, "add_cross_attention": True}
+TOWER = {"num_hidden_layers": 2, "num_attention_heads": 2}
+MPS_CLIP = {
+    "text_config": TOWER
+    | {"hidden_size": 24, "intermediate_size": 32, "vocab_size": 60, "bos_token_id": 58, "eos_token_id": 59}
+    | {"hidden_act": "gelu", "max_position_embeddings": 8},
+    "vision_config": TOWER
+    | {"hidden_size": 16, "intermediate_size": 24, "image_size": 32, "patch_size": 8, "hidden_act": "gelu"},
+    "projection_dim": 12,
+}
+MPS_CROSS = {"dim": 12, "layer_num": 2, "dim_head": 8, "heads": 3}
+MPS_CONDITION = [5, 6, 7, 59, 59, 59, 59, 59]
+MPS_IDS = [[58, 5, 17, 59, 59, 59, 59, 59], [58, 31, 32, 33, 34, 35, 36, 59], [58, 40, 59, 59, 59, 59, 59, 59]]
 IDS = np.array([[2, 30, 7, 3, 0, 0], [2, 5, 6, 9, 11, 3], [2, 3, 0, 0, 0, 0]])
 
 
@@ -105,6 +120,33 @@ def image_reward():
     scores = model.score_gard(ids, (ids != 0).long(), pixels)
     full_size = full_size_shapes(BertConfig, BertModel, MLP)
     return {"scores": scores[:, 0].numpy(), "ids": IDS, "shapes": shapes(model), "full_size_shapes": full_size}
+
+
+def mps():
+    """The repository's layers on transformers' towers, put together as its eval_overall_mps_on_imagereward.py does."""
+    import transformers
+    from trainer.models.cross_modeling import Cross_model
+
+    model = torch.nn.Module()
+    model.model = transformers.CLIPModel(transformers.CLIPConfig(**MPS_CLIP))
+    model.cross_model = Cross_model(**MPS_CROSS)
+    buffers = {name: b.clone() for name, b in model.cross_model.named_buffers()}  # norms' biases, frequencies
+    fill(model)
+    model.cross_model.load_state_dict(buffers, strict=False)
+    clip, scores = model.model, []
+    pixels = torch.from_numpy(pictures(3, 32, 32).transpose(0, 3, 1, 2).copy()).float() / 255
+    condition = clip.text_projection(clip.text_model(torch.tensor([MPS_CONDITION]))[0])
+    for row, picture in zip(MPS_IDS, pixels, strict=True):
+        text = clip.text_model(torch.tensor([row]))
+        words, end = clip.text_projection(text[0]), clip.text_projection(text[1])
+        alike = torch.einsum("bid,bjd->bji", words, condition).max(dim=1, keepdim=True)[0]
+        alike = alike / alike.max()
+        image = clip.visual_projection(clip.vision_model(picture[None])[0])
+        mask = torch.where(alike > 0.3, 0, float("-inf")).repeat(1, image.shape[1], 1)
+        image = model.cross_model(image, words, mask)[:, 0]
+        scores.append(clip.logit_scale.exp() * torch.nn.functional.cosine_similarity(image, end)[0])
+    tensors = np.array(json.dumps({name: t.shape for name, t in model.state_dict().items()}))
+    return {"scores": torch.stack(scores).numpy(), "ids": np.array(MPS_IDS), "shapes": tensors}
 
 
 def full_size_shapes(bert_config, bert, mlp):
