@@ -21,6 +21,8 @@ CHANGEABLE = (
     "solver_steps",
     "trajectory_solver",
     "student_steps",
+    "guidance_scale",
+    "guidance_scale_max",
     "target",
     "target_network",
     "distance",
@@ -32,7 +34,7 @@ CHANGEABLE = (
     "optim.learning_rate",
 )
 # What a compiled step takes as an argument: stages that differ only in these share one program.
-TRACED = ("num_segments", "optim.learning_rate")
+TRACED = ("num_segments", "guidance_scale", "guidance_scale_max", "optim.learning_rate")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,6 +110,12 @@ def test_guidance_is_drawn_once_for_each_position_of_the_stream():
     np.testing.assert_array_equal(guidance_scales(run(guidance_scale=3.0), np.arange(3)), np.float32([3, 3, 3]))
 
 
+def test_a_stage_may_have_its_own_guidance_in_the_same_program():
+    stages = read_stages(run(guidance_scale=3.0, stages=({"start": 5, "guidance_scale": 4.5},)))
+    assert [set(rows_at(stages, step).guidance_scale.tolist()) for step in (4, 5)] == [{3.0}, {4.5}]
+    assert stages[0].program_key() == stages[1].program_key()
+
+
 def test_every_walk_through_the_prompts_holds_each_once_in_another_order():
     walks = [shuffled(range(10 * i, 10 * i + 10), 10, seed=4) for i in range(3)]
     assert all(sorted(w) == list(range(10)) for w in walks) and walks[0] != walks[1] != walks[2]
