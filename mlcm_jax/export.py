@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from mlcm_jax.diffusion.scheduler_config import NUM_TRAIN_TIMESTEPS, read_noise_config
 from mlcm_jax.errors import UserError
-from mlcm_jax.hub.lora import save_lora
+from mlcm_jax.hub.lora import SCHEDULER_NAME, save_lora
 from mlcm_jax.hub.pipeline import Network, Pipeline, save_pipeline
 from mlcm_jax.hub.save import write_json
 from mlcm_jax.hub.single_file import save_single_file
@@ -94,11 +94,11 @@ def export(
         params = {part: network.params for part, network in pipeline.networks().items()}
         params["unet"] = student_unet(pipeline.unet, trained, config).params
         save_single_file(pipeline.model_index["_class_name"], params, folder / SINGLE_FILE, dtype=dtype)
-        write_json(scheduler_config, folder / "scheduler_config.json")
+        write_json(scheduler_config, folder / SCHEDULER_NAME)
         return
     if config.trainable != "lora":
         raise UserError("This run trained all weights, so there is no LoRA to export: use --format=diffusers.")
     scaled = lora.scaled(trained, config.lora.alpha, config.lora.rank)
     naming = "kohya" if format == "kohya" else "peft"
     save_lora(scaled, folder, naming=naming, unet_shapes=pipeline.unet.params, dtype=dtype)
-    write_json(scheduler_config, folder / "scheduler_config.json")
+    write_json(scheduler_config, folder / SCHEDULER_NAME)

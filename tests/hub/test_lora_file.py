@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.load import listed
-from mlcm_jax.hub.lora import METADATA_KEY, load_lora, save_lora, with_loras
+from mlcm_jax.hub.lora import METADATA_KEY, SCHEDULER_NAME, load_lora, save_lora, with_loras
 from mlcm_jax.hub.pipeline import load_network, load_pipeline, network_shapes
 from mlcm_jax.models import lora
 from mlcm_jax.types import TextConditioning
@@ -198,6 +198,15 @@ def test_fused_into_a_pipeline_with_its_text_encoder(sdxl_folder, tree, tmp_path
     np.testing.assert_allclose(new[1] - old[1], 0.5 * (1 / 2) * (up @ down).T.numpy(), atol=1e-6)
     with pytest.raises(UserError, match="ends in 'strong', which is no scale"):
         with_loras(pipeline, [f"{file}:strong"])
+
+
+def test_a_students_folder_brings_its_sampler(sdxl_folder, tree, tmp_path):
+    pipeline = load_pipeline(sdxl_folder)
+    file = save_lora(tree, tmp_path)
+    (tmp_path / SCHEDULER_NAME).write_text('{"_class_name": "TCDScheduler"}')
+    assert with_loras(pipeline, [str(file)]).scheduler_config == pipeline.scheduler_config
+    for place in (str(tmp_path), f"{tmp_path}:0.5"):
+        assert with_loras(pipeline, [place]).scheduler_config == {"_class_name": "TCDScheduler"}
 
 
 def pop_layer(tensors):
