@@ -1,0 +1,167 @@
+"""Sampling in a few steps, with decoding, against the same in PyTorch and diffusers: python benchmarks/sample.py.
+
+A distilled model's sampler: TCDScheduler's steps without guidance, from noise to uint8 pictures on the host, decoded one
+at a time. Text encoders are left out. Random weights, made on the device; ratios as in train_step.py.
+"""
+
+import functools
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import timing
+import workload
+from absl import app, flags
+
+from mlcm_jax.export import student_scheduler_config
+from mlcm_jax.generate import decode, draw_noise, sample_latents
+from mlcm_jax.hub.pipeline import Network, Pipeline, conditioning_shapes
+from mlcm_jax.train.flops import count_flops
+
+MODEL = flags.DEFINE_enum("model", "emoji", workload.MODELS, "What draws; small: SDXL's architecture, tiny.")
+STEPS = flags.DEFINE_list("steps", ["1", "2", "4", "8"], "Numbers of sampling steps.")
+BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Pictures at once.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and products.")
+REPEATS = flags.DEFINE_integer("repeats", 10, "Turns that are counted.")
+TIME_LIMIT = flags.DEFINE_float("time_limit", 3600, "Seconds after which no further measurement is begun.")
+OUT = flags.DEFINE_string("out", "runs/speed", "Folder for sample.md and sample.json.")
+
+# Largest difference of the pictures, 0..255: the rounding to whole numbers may fall to either side.
+TOLERANCE = 1
+
+
+def random_network(network: Network, dtype: Any) -> Network:
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), network.params)
+    return Network(network.module, workload.random_params(shapes), network.config)
+
+
+def draw(unet: Network, vae: Network, scheduler_config: dict[str, Any], noise, conditioning, num_steps: int):
+    """uint8 pictures, as launch/sample.py draws them."""
+    settings = {"guidance_scale": 1.0, "num_steps": num_steps}
+    latents = sample_latents(unet, scheduler_config, noise, conditioning, conditioning, **settings)
+    return decode(vae, latents)
+
+
+def latent_shape(pipeline: Pipeline) -> tuple[int, int, int]:
+    config = pipeline.unet.config
+    return config["sample_size"], config["sample_size"], config["in_channels"]
+
+
+def flops_of(pipeline: Pipeline, batch_size: int, num_steps: int) -> float:
+    """Of the UNet's calls and the decoder's, matrix products and convolutions."""
+    latents = jax.ShapeDtypeStruct((batch_size, *latent_shape(pipeline)), jnp.float32)
+    t = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    unet, vae = pipeline.unet, pipeline.vae
+    conditioning = conditioning_shapes(pipeline, batch_size)
+    one = count_flops(unet.module.apply, {"params": unet.params}, latents, t, conditioning)
+    decoding = functools.partial(vae.module.apply, method="decode")
+    return num_steps * one + count_flops(decoding, {"params": vae.params}, latents)
+
+
+def inputs(pipeline: Pipeline, batch_size: int):
+    """Noise and conditioning, on the device."""
+    conditioning = jax.device_put(workload.random_inputs(conditioning_shapes(pipeline, batch_size)))
+    return draw_noise(0, batch_size, latent_shape(pipeline)), conditioning
+
+
+def torch_inputs(noise: Any, conditioning: Any, device: str):
+    """The same for torch, channels-first."""
+    import torch_reference as reference
+
+    z = reference.to_torch(noise, device).permute(0, 3, 1, 2).contiguous()
+    return z, reference.to_conditioning(conditioning, device, reference.DTYPES[DTYPE.value])
+
+
+def make_sampler(folder: Path, scheduler_config: dict[str, Any], *, compiled: bool = False):
+    """torch's sampler on random weights of its own."""
+    import torch_reference as reference
+
+    sampler = reference.Sampler(folder, scheduler_config, timing.torch_device(), reference.DTYPES[DTYPE.value])
+    return sampler.compiled() if compiled else sampler
+
+
+def picture_difference(folder: Path, pipeline: Pipeline, num_steps: int = 4) -> int:
+    """Largest difference of two pictures, ours and torch's, from equal weights and noise, float32."""
+    import torch_reference as reference
+
+    unet, vae = (random_network(n, jnp.float32) for n in (pipeline.unet, pipeline.vae))
+    scheduler_config = student_scheduler_config(pipeline.scheduler_config)
+    noise, conditioning = inputs(pipeline, 2)
+    ours = draw(unet, vae, scheduler_config, noise, conditioning, num_steps)
+    device = timing.torch_device()
+    sampler = reference.Sampler(folder, scheduler_config, device, reference.DTYPES["float32"])
+    reference.copy_params(sampler.unet, unet.params)
+    reference.copy_params(sampler.vae, vae.params)
+    theirs = sampler(
+        reference.to_torch(noise, device).permute(0, 3, 1, 2),
+        reference.to_conditioning(conditioning, device, reference.DTYPES["float32"]),
+        num_steps,
+    )
+    return int(np.abs(ours.astype(int) - theirs.astype(int)).max())
+
+
+def check(model: str, dtype: str, scratch: Path) -> int:
+    """``picture_difference`` of the model, or, where that is large or not float32, of SDXL's architecture in small."""
+    model = model if model != "sdxl" and dtype == "float32" else "small"
+    pipeline = workload.describe(model, scratch, "float32")
+    difference = picture_difference(workload.architecture_folder(model, scratch), pipeline)
+    if difference > TOLERANCE:
+        raise AssertionError(f"the pictures differ by {difference} of 255")
+    return difference
+
+
+def measure(pipeline: Pipeline, networks, batch_size: int, num_steps: int, theirs, deadline: float):
+    """One row of the table. theirs: {name: () -> torch's sampler}."""
+    noise, conditioning = inputs(pipeline, batch_size)
+    scheduler_config = student_scheduler_config(pipeline.scheduler_config)
+    run = functools.partial(draw, *networks, scheduler_config, noise, conditioning, num_steps)
+
+    def torch_side(make):
+        sampler = make()
+        z, c = torch_inputs(noise, conditioning, sampler.device)
+        return timing.torch_side(functools.partial(sampler, z, c, num_steps), sampler.device)
+
+    row = {
+        "work": f"{MODEL.value}, {num_steps} steps, batch {batch_size}, {noise.shape[1] * pipeline.downscale} px, "
+        f"{DTYPE.value}",
+        "images": batch_size,
+        "flops": flops_of(pipeline, batch_size, num_steps),
+    }
+    builders = {name: functools.partial(torch_side, make) for name, make in theirs.items()}
+    return row | timing.compare(timing.Side(run, timing.device_memory), builders, REPEATS.value, deadline)
+
+
+def main(argv):
+    del argv
+    deadline = time.monotonic() + TIME_LIMIT.value
+    missing = timing.torch_missing()
+    notes: dict[str, Any] = timing.notes("sample.py", missing)
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = workload.architecture_folder(MODEL.value, Path(scratch))
+        pipeline = workload.describe(MODEL.value, Path(scratch), DTYPE.value)
+        theirs = {}
+        if not missing:
+            notes["largest difference of the pictures, of 255"] = check(MODEL.value, DTYPE.value, Path(scratch))
+            scheduler_config = student_scheduler_config(pipeline.scheduler_config)
+            for name, compiled in (("torch", False), ("torch.compile", True)):
+                make = functools.partial(make_sampler, folder, scheduler_config, compiled=compiled)
+                theirs[name] = functools.cache(make)
+        networks = tuple(random_network(n, jnp.dtype(DTYPE.value)) for n in (pipeline.unet, pipeline.vae))
+        for batch_size in map(int, BATCH_SIZES.value):
+            for num_steps in map(int, STEPS.value):
+                if rows and time.monotonic() > deadline:
+                    notes["left out"] = "rows after these: out of time"
+                    break
+                rows.append(measure(pipeline, networks, batch_size, num_steps, theirs, deadline))
+                timing.write_report(Path(OUT.value), "sample", notes, rows)
+    timing.write_report(Path(OUT.value), "sample", notes, rows)
+    print((Path(OUT.value) / "sample.md").read_text())
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,207 @@
+"""Timing two programs in turns, so that a change of the machine's speed hits both; the table and the report."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+# XLA takes three quarters of a GPU's memory at the start, and torch needs some. Read at the first use of a device.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+WARM_UP = 2
+PEAK_FLOPS = {"NVIDIA H200": 790e12}  # large bfloat16 products, measured; docs/speed.md
+
+
+class Side(NamedTuple):
+    """run: does the work once, to the end. memory: bytes that it needs on the device at most, None if unknown."""
+
+    run: Callable[[], Any]
+    memory: Callable[[], int | None]
+
+
+class Timing(NamedTuple):
+    """Seconds of each run."""
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def __str__(self) -> str:
+        low, _, high = quartiles(self.seconds)
+        return f"{shown(self.median)} ({shown(low)} to {shown(high)})"
+
+
+def shown(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def quartiles(values: list[float]) -> list[float]:
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+
+
+def time_in_turns(sides: Mapping[str, Side], repeats: int) -> dict[str, Timing]:
+    """The sides one after the other, ``repeats`` times, after ``WARM_UP`` turns that are not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(WARM_UP + repeats):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            side.run()
+            if turn >= WARM_UP:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: Timing(values) for name, values in seconds.items()}
+
+
+def compare(ours: Side, theirs: Mapping[str, Callable[[], Side]], repeats: int, deadline: float) -> dict[str, Any]:
+    """Figures of our side alone, or of ours with each of theirs, which are built one at a time.
+
+    What fails there, or has not begun at ``deadline`` (time.monotonic()), is named with its reason.
+    """
+    result: dict[str, Any] = {"ours": _figures(time_in_turns({"ours": ours}, repeats)["ours"], ours)}
+    for name, build in theirs.items():
+        if time.monotonic() > deadline:
+            result[name] = {"error": "not run: out of time"}
+            continue
+        try:
+            side = build()
+            timings = time_in_turns({"ours": ours, name: side}, repeats)
+        except Exception as error:  # of a compiler, say: whatever it is, the table names it
+            result[name] = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
+            continue
+        pairs = zip(timings[name].seconds, timings["ours"].seconds, strict=True)
+        low, middle, high = quartiles([t / o for t, o in pairs])
+        result[name] = _figures(timings[name], side) | {"ratio": middle, "ratio_quartiles": [low, high]}
+        result[name]["ours"] = _figures(timings["ours"], ours)
+        del side
+    return result
+
+
+def _figures(timing: Timing, side: Side) -> dict[str, Any]:
+    figures = {"seconds": timing.median, "quartiles": quartiles(timing.seconds)[::2], "shown": str(timing)}
+    return figures | {"memory": side.memory()}
+
+
+def compiled_memory(compiled: Any) -> int | None:
+    """Bytes of arguments, results and temporaries of a compiled JAX program."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return None
+    used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return used - memory.alias_size_in_bytes
+
+
+def torch_missing() -> str:
+    """What the reference needs and this Python has not."""
+    needed = ("torch", "diffusers", "peft")
+    return ", ".join(name for name in needed if importlib.util.find_spec(name) is None)
+
+
+def torch_device() -> str:
+    """The same kind of device as JAX's, and on a CPU as many threads: one a core that the process may use."""
+    import torch
+
+    if jax.default_backend() == "gpu" and torch.cuda.is_available():
+        return "cuda"
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    return "cpu"
+
+
+def torch_side(run: Callable[[], Any], device: str) -> Side:
+    """A side that waits for the device; its memory is torch's own peak."""
+    import torch
+
+    if device == "cpu":
+        return Side(run, _unknown)
+    torch.cuda.reset_peak_memory_stats()
+
+    def to_the_end():
+        run()
+        torch.cuda.synchronize()
+
+    return Side(to_the_end, torch.cuda.max_memory_allocated)
+
+
+def _unknown() -> None:
+    return None
+
+
+def notes(program: str, missing: str) -> dict[str, Any]:
+    """What stands above a table: the command, the machine, versions, and what could not be measured."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "torch", "diffusers") if name not in missing}
+    command = " ".join(["python", f"benchmarks/{program}", *sys.argv[1:]])
+    said = {"command": command, **machine(), "versions": ", ".join(f"{k} {v}" for k, v in versions.items())}
+    return said | ({"torch's side": f"not measured: without {missing}"} if missing else {})
+
+
+def device_memory() -> int | None:
+    """JAX's peak on the first device since the start of the process; None on a CPU."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured on."""
+    cpu = platform.processor()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+    device = jax.devices()[0]
+    cores = len(os.sched_getaffinity(0))
+    hardware = f"{cores} CPU core{'s' * (cores > 1)} ({cpu})" if device.platform == "cpu" else device.device_kind
+    return {"hardware": hardware, "date": str(datetime.date.today()), "python": platform.python_version()}
+
+
+def device_peak() -> float | None:
+    """FLOP/s of large bfloat16 products on the first device, None where they have not been measured."""
+    return PEAK_FLOPS.get(jax.devices()[0].device_kind)
+
+
+HEADER = ["work", "ours", "torch", "ratio", "torch.compile", "ratio", "images/s, ours", "memory, ours", "torch"]
+
+
+def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Lines of a Markdown table; a ratio above 1 says that ours took less time."""
+    header = [*HEADER, "TFLOP/s, ours", "of peak"]
+    yield "| " + " | ".join(header) + " |"
+    yield "|" + "---|" * len(header)
+    for row in rows:
+        cells = [row["work"], row["ours"]["shown"]]
+        for name in ("torch", "torch.compile"):
+            cells += _side_cells(row.get(name))
+        cells += [f"{row['images'] / row['ours']['seconds']:.3g}"]
+        cells += [_gigabytes((row.get(name) or {}).get("memory")) for name in ("ours", "torch")]
+        rate, peak = row["flops"] / row["ours"]["seconds"], device_peak()
+        cells += [f"{rate / 1e12:.3g}", f"{rate / peak:.0%}" if peak else "-"]
+        yield "| " + " | ".join(cells) + " |"
+
+
+def _side_cells(side: dict[str, Any] | None) -> list[str]:
+    if side is None:
+        return ["-", "-"]
+    if "error" in side:
+        return [side["error"].replace("|", "/"), "-"]
+    low, high = side["ratio_quartiles"]
+    return [side["shown"], f"{side['ratio']:.2f} ({low:.2f} to {high:.2f})"]
+
+
+def _gigabytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1e9:.2f} GB"
+
+
+def write_report(out: Path, name: str, notes: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
+    """name.md and name.json in the folder ``out``."""
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [f"{key}: {value}" for key, value in notes.items()]
+    (out / f"{name}.md").write_text("\n".join([*lines, "", *table(rows)]) + "\n")
+    (out / f"{name}.json").write_text(json.dumps({**notes, "rows": rows}, indent=2) + "\n")

@@ -1,0 +1,164 @@
+"""The training step against the same step in PyTorch and diffusers: python benchmarks/train_step.py.
+
+Random weights, made on the device. Ours and torch's take turns in one process; a ratio is torch's time by ours, the
+median over the turns with quartiles. Without torch, diffusers and peft ours is timed alone. --model=small is SDXL's
+architecture in small: a dry run of what --model=sdxl does on a GPU.
+"""
+
+import functools
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import timing
+import workload
+from absl import app, flags
+
+from mlcm_jax.train.program import Program
+from mlcm_jax.train.step import Frozen
+
+MODEL = flags.DEFINE_enum("model", "emoji", workload.MODELS, "What is trained; small: SDXL's architecture, tiny.")
+TRAINABLE = flags.DEFINE_list("trainable", ["full", "lora"], "full, lora, or both.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Prompts a step.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of products, and of weights not trained.")
+REMAT = flags.DEFINE_bool("remat", False, "Recompute activations in the backward pass, on both sides.")
+REPEATS = flags.DEFINE_integer("repeats", 10, "Turns that are counted.")
+TIME_LIMIT = flags.DEFINE_float("time_limit", 3600, "Seconds after which no further measurement is begun.")
+OUT = flags.DEFINE_string("out", "runs/speed", "Folder for train_step.md and train_step.json.")
+
+TOLERANCE = 1e-4
+CHECKED_STEPS = 3
+
+
+def start(program: Program) -> tuple[Any, Frozen]:
+    """The state at step 0 and what is not trained, random, on the device."""
+    frozen = workload.random_frozen(program)
+    full = program.config.trainable == "full"
+    return program.init_state(workload.random_params(program.state.params) if full else None), frozen
+
+
+@functools.cache
+def compiled_step(program: Program) -> Any:
+    """The program's step, compiled once for the check and the measurement."""
+    stage = program.stages[0]
+    return stage.step.lower(program.state, program.frozen, stage.batch).compile()
+
+
+def check_losses(program: Program) -> tuple[list[float], list[float]]:
+    """Losses of the first steps, ours and torch's, from equal weights on equal inputs."""
+    import torch_reference
+
+    state, frozen = start(program)
+    device = timing.torch_device()
+    lora = state.params if program.config.trainable == "lora" else None
+    reference = torch_reference.make_train_step(program, frozen.unconditional, device, frozen.teacher, lora)
+    if lora is None:
+        torch_reference.copy_params(reference.student, state.params)
+    ours, theirs = [], []
+    dtype = torch_reference.DTYPES[program.config.frozen_dtype]
+    for step in range(CHECKED_STEPS):
+        batch = workload.batch_at(program, step)
+        draws = workload.draws_at(program, step, np.asarray(batch.jumps))
+        state, metrics = compiled_step(program)(state, frozen, batch)
+        ours.append(float(metrics["loss"]))
+        theirs.append(float(reference(torch_reference.make_rows(batch, draws, device, dtype))))
+    return ours, theirs
+
+
+def largest_difference(program: Program) -> float:
+    """Of the losses, relative. Raises AssertionError above ``TOLERANCE``."""
+    ours, theirs = check_losses(program)
+    difference = max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True))
+    if not difference <= TOLERANCE:
+        raise AssertionError(f"the losses differ: ours {ours}, torch's {theirs}")
+    return difference
+
+
+def checked_program(program: Program, scratch: Path) -> Program:
+    """What is compared: the program itself, or, where that is large or not float32, SDXL's architecture in small."""
+    if MODEL.value != "sdxl" and DTYPE.value == "float32":
+        return program
+    folder = workload.architecture_folder("small", scratch)
+    trainable = program.config.trainable
+    return workload.make_program(workload.step_settings(folder, trainable, 2, "float32", remat=REMAT.value, rank=8))
+
+
+def our_side(program: Program) -> timing.Side:
+    """Our compiled step, going on from its own state."""
+    state, frozen = start(program)
+    batch = workload.batch_at(program, program.config.num_segments)
+    step, carried = compiled_step(program), [state]
+
+    def run():
+        state, metrics = step(carried.pop(), frozen, batch)
+        carried.append(jax.block_until_ready((state, metrics))[0])
+
+    return timing.Side(run, functools.partial(timing.compiled_memory, step))
+
+
+def reference_side(program: Program, *, compiled: bool) -> timing.Side:
+    """torch's step on random weights of its own."""
+    import torch_reference
+
+    device = timing.torch_device()
+    unconditional = workload.random_inputs(program.frozen.unconditional, 2)
+    step = torch_reference.make_train_step(program, unconditional, device)
+    batch = workload.batch_at(program, program.config.num_segments)
+    draws = workload.draws_at(program, 0, np.asarray(batch.jumps))
+    dtype = torch_reference.DTYPES[program.config.frozen_dtype]
+    rows = torch_reference.make_rows(batch, draws, device, dtype)
+    step(rows)
+    expected = our_evaluations(program)
+    if step.evaluations != expected:
+        raise AssertionError(f"the UNets are called with {step.evaluations} rows, ours with {expected}")
+    return timing.torch_side(functools.partial(step.compiled() if compiled else step, rows), device)
+
+
+def our_evaluations(program: Program) -> int:
+    """Rows that the UNets are called with in a step."""
+    stage = program.stages[0]
+    return workload.unet_evaluations(stage.step.__wrapped__, program.state, program.frozen, stage.batch)
+
+
+def measure(program: Program, with_torch: bool, deadline: float) -> dict[str, Any]:
+    """One row of the table."""
+    sides = {"torch": False, "torch.compile": True} if with_torch else {}
+    theirs = {name: functools.partial(reference_side, program, compiled=c) for name, c in sides.items()}
+    trainable = program.config.trainable
+    row = {
+        "work": f"{MODEL.value}, {trainable}, batch {BATCH_SIZE.value}, {program.image_size} px, {DTYPE.value}",
+        "images": BATCH_SIZE.value,
+        "flops": program.stages[0].flops,
+        "unet_evaluations": our_evaluations(program),
+    }
+    return row | timing.compare(our_side(program), theirs, REPEATS.value, deadline)
+
+
+def main(argv):
+    del argv
+    deadline = time.monotonic() + TIME_LIMIT.value
+    missing = timing.torch_missing()
+    notes: dict[str, Any] = timing.notes("train_step.py", missing)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        for trainable in TRAINABLE.value:
+            architecture = workload.architecture_folder(MODEL.value, scratch)
+            settings = (trainable, BATCH_SIZE.value, DTYPE.value)
+            program = workload.make_program(workload.step_settings(architecture, *settings, remat=REMAT.value))
+            if not missing:
+                difference = largest_difference(checked_program(program, scratch))
+                notes[f"largest difference of {CHECKED_STEPS} losses, {trainable}"] = f"{difference:.1e}"
+            rows.append(measure(program, not missing, deadline))
+            evaluations = rows[-1]["unet_evaluations"]
+            notes["rows that the UNets are called with in a step, on either side"] = evaluations
+            timing.write_report(Path(OUT.value), "train_step", notes, rows)
+            compiled_step.cache_clear()
+    print((Path(OUT.value) / "train_step.md").read_text())
+
+
+if __name__ == "__main__":
+    app.run(main)
