@@ -1,7 +1,7 @@
 """Sampling in a few steps, with decoding, against the same in PyTorch and diffusers: python benchmarks/sample.py.
 
-A distilled model's sampler: TCDScheduler's steps without guidance, from noise to uint8 pictures on the host, decoded one
-at a time. Text encoders are left out. Random weights, made on the device; ratios as in train_step.py.
+A distilled model's sampler: TCDScheduler's steps without guidance, from noise to uint8 pictures on the host, decoded
+one at a time. Text encoders are left out. Random weights, made on the device; ratios as in train_step.py.
 """
 
 import functools
