@@ -91,7 +91,8 @@ def picture_difference(folder: Path, pipeline: Pipeline, num_steps: int = 4) -> 
     unet, vae = (random_network(n, jnp.float32) for n in (pipeline.unet, pipeline.vae))
     scheduler_config = student_scheduler_config(pipeline.scheduler_config)
     noise, conditioning = inputs(pipeline, 2)
-    ours = draw(unet, vae, scheduler_config, noise, conditioning, num_steps)
+    with jax.default_matmul_precision("highest"):
+        ours = draw(unet, vae, scheduler_config, noise, conditioning, num_steps)
     device = timing.torch_device()
     sampler = reference.Sampler(folder, scheduler_config, device, reference.DTYPES["float32"])
     reference.copy_params(sampler.unet, unet.params)

@@ -112,6 +112,7 @@ def torch_device() -> str:
     """The same kind of device as JAX's, and on a CPU as many threads: one a core that the process may use."""
     import torch
 
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on both sides
     if jax.default_backend() == "gpu" and torch.cuda.is_available():
         return "cuda"
     torch.set_num_threads(len(os.sched_getaffinity(0)))

@@ -244,7 +244,8 @@ class Sampler:
     def __init__(self, folder: Path, scheduler_config: dict[str, Any], device: Any, dtype: torch.dtype):
         self.unet, self.vae = (read_network(folder / part, device, dtype).eval() for part in ("unet", "vae"))
         self.vae.enable_slicing()
-        self.scheduler = diffusers.TCDScheduler.from_config(scheduler_config)
+        scheduler: Any = diffusers.TCDScheduler  # pyright: ignore[reportPrivateImportUsage]
+        self.scheduler = scheduler.from_config(scheduler_config)
         self.device, self.dtype = device, dtype
 
     def compiled(self) -> "Sampler":

@@ -43,7 +43,8 @@ def start(program: Program) -> tuple[Any, Frozen]:
 def compile_step(program: Program) -> Any:
     """The program's step for its own arguments."""
     stage = program.stages[0]
-    return stage.step.lower(program.state, program.frozen, stage.batch).compile()
+    with jax.default_matmul_precision("highest" if program.config.compute_dtype == "float32" else None):
+        return stage.step.lower(program.state, program.frozen, stage.batch).compile()
 
 
 def check_losses(program: Program, compiled: Any) -> tuple[list[float], list[float]]:

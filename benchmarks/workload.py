@@ -5,7 +5,6 @@ import json
 import math
 import shutil
 import zlib
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -128,7 +127,7 @@ def batch_at(program: Program, step: int) -> Batch:
     )
 
 
-def draws_at(program: Program, step: int, jumps: Sequence[int]) -> dict[str, np.ndarray]:
+def draws_at(program: Program, step: int, jumps: np.ndarray) -> dict[str, np.ndarray]:
     """What the step draws by itself: the noise that trajectories start from, channels-last, and for each row a
     timestep in the segment of its next state."""
     config = program.config

@@ -1,0 +1,58 @@
+"""The speed benchmarks' two sides do the same work: equal losses, equal pictures, equal numbers of UNet evaluations."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def benchmarks():
+    """The benchmarks' modules, which find each other beside themselves as when they are run."""
+    sys.path.insert(0, str(BENCHMARKS))
+    import sample
+    import timing
+    import train_step
+    import workload
+
+    yield {"sample": sample, "timing": timing, "train_step": train_step, "workload": workload}
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+def test_losses_and_evaluations_of_the_training_step_are_torchs(benchmarks, trainable, tmp_path):
+    import torch_reference
+
+    train_step, workload = benchmarks["train_step"], benchmarks["workload"]
+    folder = workload.architecture_folder("small", tmp_path)
+    program = workload.make_program(workload.step_settings(folder, trainable, 2, "float32", rank=4))
+    assert train_step.our_evaluations(program) == 8  # teacher 2 x 2, target 2, student 2
+    assert train_step.largest_difference(program, program.stages[0].step) <= train_step.TOLERANCE
+    reference = train_step.reference_side(program, compiled=False)  # raises where the evaluations differ
+    assert isinstance(reference.run(), torch_reference.torch.Tensor)
+
+
+def test_pictures_are_torchs(benchmarks, tmp_path):
+    assert benchmarks["sample"].check("small", "float32", tmp_path) <= 1
+
+
+def test_turns_and_failures_are_told(benchmarks):
+    timing = benchmarks["timing"]
+    turns = []
+    sides = {name: timing.Side(lambda name=name: turns.append(name), lambda: None) for name in ("a", "b")}
+    timings = timing.time_in_turns(sides, 3)
+    assert turns == ["a", "b"] * (3 + timing.WARM_UP)
+    assert all(len(t.seconds) == 3 for t in timings.values())
+
+    def fails():
+        raise RuntimeError("no compiler\nmore")
+
+    figures = timing.compare(sides["a"], {"torch": lambda: sides["b"], "torch.compile": fails}, 2, float("inf"))
+    assert figures["torch.compile"] == {"error": "RuntimeError: no compiler"}
+    assert figures["torch"]["ratio"] > 0
+    late = timing.compare(sides["a"], {"torch": fails}, 2, 0.0)
+    assert "out of time" in late["torch"]["error"]
+    lines = list(timing.table([{"work": "w", "images": 1, "flops": 1.0, **figures}]))
+    assert "no compiler" in lines[2] and lines[0].count("|") == lines[2].count("|")
