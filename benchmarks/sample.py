@@ -5,6 +5,7 @@ one at a time. Text encoders are left out. Random weights, made on the device; r
 """
 
 import functools
+import itertools
 import tempfile
 import time
 from pathlib import Path
@@ -16,19 +17,15 @@ import numpy as np
 import timing
 import workload
 from absl import app, flags
+from options import DTYPE, MODEL, OUT, REPEATS, TIME_LIMIT
 
 from mlcm_jax.export import student_scheduler_config
 from mlcm_jax.generate import decode, draw_noise, sample_latents
 from mlcm_jax.hub.pipeline import Network, Pipeline, conditioning_shapes
 from mlcm_jax.train.flops import count_flops
 
-MODEL = flags.DEFINE_enum("model", "emoji", workload.MODELS, "What draws; small: SDXL's architecture, tiny.")
 STEPS = flags.DEFINE_list("steps", ["1", "2", "4", "8"], "Numbers of sampling steps.")
 BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Pictures at once.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and products.")
-REPEATS = flags.DEFINE_integer("repeats", 10, "Turns that are counted.")
-TIME_LIMIT = flags.DEFINE_float("time_limit", 3600, "Seconds after which no further measurement is begun.")
-OUT = flags.DEFINE_string("out", "runs/speed", "Folder for sample.md and sample.json.")
 
 # Largest difference of the pictures, 0..255: the rounding to whole numbers may fall to either side.
 TOLERANCE = 1
@@ -109,14 +106,11 @@ def check(model: str, dtype: str, scratch: Path) -> int:
     """``picture_difference`` of the model, or, where that is large or not float32, of SDXL's architecture in small."""
     model = model if model != "sdxl" and dtype == "float32" else "small"
     pipeline = workload.describe(model, scratch, "float32")
-    difference = picture_difference(workload.architecture_folder(model, scratch), pipeline)
-    if difference > TOLERANCE:
-        raise AssertionError(f"the pictures differ by {difference} of 255")
-    return difference
+    return picture_difference(workload.architecture_folder(model, scratch), pipeline)
 
 
 def measure(pipeline: Pipeline, networks, batch_size: int, num_steps: int, theirs, deadline: float):
-    """One row of the table. theirs: {name: () -> torch's sampler}."""
+    """One row of the table, as far as it has got. theirs: {name: () -> torch's sampler}."""
     noise, conditioning = inputs(pipeline, batch_size)
     scheduler_config = student_scheduler_config(pipeline.scheduler_config)
     run = functools.partial(draw, *networks, scheduler_config, noise, conditioning, num_steps)
@@ -133,35 +127,38 @@ def measure(pipeline: Pipeline, networks, batch_size: int, num_steps: int, their
         "flops": flops_of(pipeline, batch_size, num_steps),
     }
     builders = {name: functools.partial(torch_side, make) for name, make in theirs.items()}
-    return row | timing.compare(timing.Side(run, timing.device_memory), builders, REPEATS.value, deadline)
+    for figures in timing.compare(timing.Side(run, timing.device_memory), builders, REPEATS.value, deadline):
+        yield row | figures
 
 
 def main(argv):
     del argv
     deadline = time.monotonic() + TIME_LIMIT.value
     missing = timing.torch_missing()
-    notes: dict[str, Any] = timing.notes("sample.py", missing)
-    rows = []
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = workload.architecture_folder(MODEL.value, Path(scratch))
-        pipeline = workload.describe(MODEL.value, Path(scratch), DTYPE.value)
+    report = timing.Report(Path(OUT.value), "sample", timing.notes("sample.py", missing))
+    difference = 0
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        architecture = workload.architecture_folder(MODEL.value, scratch)
+        pipeline = workload.describe(MODEL.value, scratch, DTYPE.value)
         theirs = {}
         if not missing:
-            notes["largest difference of the pictures, of 255"] = check(MODEL.value, DTYPE.value, Path(scratch))
             scheduler_config = student_scheduler_config(pipeline.scheduler_config)
             for name, compiled in (("torch", False), ("torch.compile", True)):
-                make = functools.partial(make_sampler, folder, scheduler_config, compiled=compiled)
+                make = functools.partial(make_sampler, architecture, scheduler_config, compiled=compiled)
                 theirs[name] = functools.cache(make)
         networks = tuple(random_network(n, jnp.dtype(DTYPE.value)) for n in (pipeline.unet, pipeline.vae))
-        for batch_size in map(int, BATCH_SIZES.value):
-            for num_steps in map(int, STEPS.value):
-                if rows and time.monotonic() > deadline:
-                    notes["left out"] = "rows after these: out of time"
-                    break
-                rows.append(measure(pipeline, networks, batch_size, num_steps, theirs, deadline))
-                timing.write_report(Path(OUT.value), "sample", notes, rows)
-    timing.write_report(Path(OUT.value), "sample", notes, rows)
-    print((Path(OUT.value) / "sample.md").read_text())
+        for batch_size, num_steps in itertools.product(map(int, BATCH_SIZES.value), map(int, STEPS.value)):
+            if time.monotonic() > deadline:
+                report.notes["left out"] = f"from {num_steps} steps at batch {batch_size} on: out of time"
+                break
+            report.add_row(measure(pipeline, networks, batch_size, num_steps, theirs, deadline))
+        if not missing:
+            difference = check(MODEL.value, DTYPE.value, scratch)
+            report.notes["largest difference of the pictures, of 255"] = difference
+    print(report.write())
+    if difference > TOLERANCE:
+        raise SystemExit(f"The pictures differ by {difference} of 255: the two sides did not do the same work.")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,28 +64,32 @@ def time_in_turns(sides: Mapping[str, Side], repeats: int) -> dict[str, Timing]:
     return {name: Timing(values) for name, values in seconds.items()}
 
 
-def compare(ours: Side, theirs: Mapping[str, Callable[[], Side]], repeats: int, deadline: float) -> dict[str, Any]:
-    """Figures of our side alone, or of ours with each of theirs, which are built one at a time.
+def compare(
+    ours: Side, theirs: Mapping[str, Callable[[], Side]], repeats: int, deadline: float
+) -> Iterator[dict[str, Any]]:
+    """Figures of our side alone, then also of ours with each of theirs, which are built one at a time.
 
     What fails there, or has not begun at ``deadline`` (time.monotonic()), is named with its reason.
     """
     result: dict[str, Any] = {"ours": _figures(time_in_turns({"ours": ours}, repeats)["ours"], ours)}
+    yield result
     for name, build in theirs.items():
-        if time.monotonic() > deadline:
-            result[name] = {"error": "not run: out of time"}
-            continue
-        try:
-            side = build()
-            timings = time_in_turns({"ours": ours, name: side}, repeats)
-        except Exception as error:  # of a compiler, say: whatever it is, the table names it
-            result[name] = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
-            continue
-        pairs = zip(timings[name].seconds, timings["ours"].seconds, strict=True)
-        low, middle, high = quartiles([t / o for t, o in pairs])
-        result[name] = _figures(timings[name], side) | {"ratio": middle, "ratio_quartiles": [low, high]}
-        result[name]["ours"] = _figures(timings["ours"], ours)
-        del side
-    return result
+        result = result | {name: _with_ours(ours, name, build, repeats, deadline)}
+        yield result
+
+
+def _with_ours(ours: Side, name: str, build: Callable[[], Side], repeats: int, deadline: float) -> dict[str, Any]:
+    if time.monotonic() > deadline:
+        return {"error": "not run: out of time"}
+    try:
+        side = build()
+        timings = time_in_turns({"ours": ours, name: side}, repeats)
+    except Exception as error:  # of a compiler, say: whatever it is, the table names it
+        return {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
+    pairs = zip(timings[name].seconds, timings["ours"].seconds, strict=True)
+    low, middle, high = quartiles([t / o for t, o in pairs])
+    figures = _figures(timings[name], side) | {"ratio": middle, "ratio_quartiles": [low, high]}
+    return figures | {"ours": _figures(timings["ours"], ours)}
 
 
 def _figures(timing: Timing, side: Side) -> dict[str, Any]:
@@ -139,7 +143,10 @@ def _unknown() -> None:
 
 
 def notes(program: str, missing: str) -> dict[str, Any]:
-    """What stands above a table: the command, the machine, versions, and what could not be measured."""
+    """What stands above a table: the command, the machine, versions, and what could not be measured.
+
+    missing: packages that torch's side needs and that are not there.
+    """
     versions = {name: importlib.metadata.version(name) for name in ("jax", "torch", "diffusers") if name not in missing}
     command = " ".join(["python", f"benchmarks/{program}", *sys.argv[1:]])
     said = {"command": command, **machine(), "versions": ", ".join(f"{k} {v}" for k, v in versions.items())}
@@ -200,9 +207,23 @@ def _gigabytes(size: int | None) -> str:
     return "-" if size is None else f"{size / 1e9:.2f} GB"
 
 
-def write_report(out: Path, name: str, notes: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
-    """name.md and name.json in the folder ``out``."""
-    out.mkdir(parents=True, exist_ok=True)
-    lines = [f"{key}: {value}" for key, value in notes.items()]
-    (out / f"{name}.md").write_text("\n".join([*lines, "", *table(rows)]) + "\n")
-    (out / f"{name}.json").write_text(json.dumps({**notes, "rows": rows}, indent=2) + "\n")
+class Report:
+    """name.md and name.json in the folder ``out``, written anew whenever a row has got further."""
+
+    def __init__(self, out: Path, name: str, notes: dict[str, Any]):
+        self.out, self.name, self.notes, self.rows = out, name, notes, []
+        out.mkdir(parents=True, exist_ok=True)
+
+    def add_row(self, states: Iterable[dict[str, Any]]) -> None:
+        """Write each of a row's states, so that a process that is stopped leaves what it had measured."""
+        self.rows.append({})
+        for self.rows[-1] in states:
+            self.write()
+
+    def write(self) -> str:
+        """Returns the Markdown."""
+        lines = [*(f"{key}: {value}" for key, value in self.notes.items()), "", *table(self.rows)]
+        text = "\n".join(lines) + "\n"
+        (self.out / f"{self.name}.md").write_text(text)
+        (self.out / f"{self.name}.json").write_text(json.dumps({**self.notes, "rows": self.rows}, indent=2) + "\n")
+        return text

@@ -124,6 +124,7 @@ def batch_at(program: Program, step: int) -> Batch:
         jumps=jnp.asarray(rows.jumps, jnp.int32),
         num_segments=jnp.int32(program.config.num_segments),
         guidance_scale=jnp.asarray(rows.guidance_scale),
+        seed=jnp.int32(program.config.seed),
     )
 
 
@@ -146,8 +147,11 @@ def unet_evaluations(fn, *args) -> int:
             rows.append(len(args[0]))
         return call(*args, **kwargs)
 
+    def traced(*args):  # anew: what has been traced before would not be called
+        return fn(*args)
+
     with nn.intercept_methods(count):
-        jax.eval_shape(fn, *args)
+        jax.eval_shape(traced, *args)
     return sum(rows)
 
 

@@ -5,41 +5,31 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # the programs' own modules are beside them
+import sample
+import timing
+import torch_reference
+import train_step
+import workload
 
 
-@pytest.fixture(scope="module")
-def benchmarks():
-    """The benchmarks' modules, which find each other beside themselves as when they are run."""
-    sys.path.insert(0, str(BENCHMARKS))
-    import sample
-    import timing
-    import train_step
-    import workload
-
-    yield {"sample": sample, "timing": timing, "train_step": train_step, "workload": workload}
-    sys.path.remove(str(BENCHMARKS))
-
-
+@pytest.mark.slow  # compiles two training steps: over a minute each
 @pytest.mark.parametrize("trainable", ["full", "lora"])
-def test_losses_and_evaluations_of_the_training_step_are_torchs(benchmarks, trainable, tmp_path):
-    import torch_reference
-
-    train_step, workload = benchmarks["train_step"], benchmarks["workload"]
+def test_losses_and_evaluations_of_the_training_step_are_torchs(trainable, tmp_path):
     folder = workload.architecture_folder("small", tmp_path)
     program = workload.make_program(workload.step_settings(folder, trainable, 2, "float32", rank=4))
-    assert train_step.our_evaluations(program) == 8  # teacher 2 x 2, target 2, student 2
+    evaluations = train_step.our_evaluations(program)
+    assert evaluations == 8  # teacher 2 x 2, target 2, student 2
     assert train_step.largest_difference(program, program.stages[0].step) <= train_step.TOLERANCE
-    reference = train_step.reference_side(program, compiled=False)  # raises where the evaluations differ
+    reference = train_step.reference_side(program, evaluations, compiled=False)  # raises where the evaluations differ
     assert isinstance(reference.run(), torch_reference.torch.Tensor)
 
 
-def test_pictures_are_torchs(benchmarks, tmp_path):
-    assert benchmarks["sample"].check("small", "float32", tmp_path) <= 1
+def test_pictures_are_torchs(tmp_path):
+    assert sample.check("small", "float32", tmp_path) <= 1
 
 
-def test_turns_and_failures_are_told(benchmarks):
-    timing = benchmarks["timing"]
+def test_turns_and_failures_are_told():
     turns = []
     sides = {name: timing.Side(lambda name=name: turns.append(name), lambda: None) for name in ("a", "b")}
     timings = timing.time_in_turns(sides, 3)
@@ -49,10 +39,13 @@ def test_turns_and_failures_are_told(benchmarks):
     def fails():
         raise RuntimeError("no compiler\nmore")
 
-    figures = timing.compare(sides["a"], {"torch": lambda: sides["b"], "torch.compile": fails}, 2, float("inf"))
+    theirs = {"torch": lambda: sides["b"], "torch.compile": fails}
+    states = list(timing.compare(sides["a"], theirs, 2, float("inf")))
+    assert [list(state) for state in states] == [["ours"], ["ours", "torch"], ["ours", "torch", "torch.compile"]]
+    figures = states[-1]
     assert figures["torch.compile"] == {"error": "RuntimeError: no compiler"}
     assert figures["torch"]["ratio"] > 0
-    late = timing.compare(sides["a"], {"torch": fails}, 2, 0.0)
+    *_, late = timing.compare(sides["a"], {"torch": fails}, 2, 0.0)
     assert "out of time" in late["torch"]["error"]
     lines = list(timing.table([{"work": "w", "images": 1, "flops": 1.0, **figures}]))
     assert "no compiler" in lines[2] and lines[0].count("|") == lines[2].count("|")
