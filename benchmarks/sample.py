@@ -39,8 +39,9 @@ def random_network(network: Network, dtype: Any) -> Network:
 def draw(unet: Network, vae: Network, scheduler_config: dict[str, Any], noise, conditioning, num_steps: int):
     """uint8 pictures, as launch/sample.py draws them."""
     settings = {"guidance_scale": 1.0, "num_steps": num_steps}
-    latents = sample_latents(unet, scheduler_config, noise, conditioning, conditioning, **settings)
-    return decode(vae, latents)
+    with timing.same_precision(jnp.dtype(unet.module.dtype).name):
+        latents = sample_latents(unet, scheduler_config, noise, conditioning, conditioning, **settings)
+        return decode(vae, latents)
 
 
 def latent_shape(pipeline: Pipeline) -> tuple[int, int, int]:
@@ -88,8 +89,7 @@ def picture_difference(folder: Path, pipeline: Pipeline, num_steps: int = 4) -> 
     unet, vae = (random_network(n, jnp.float32) for n in (pipeline.unet, pipeline.vae))
     scheduler_config = student_scheduler_config(pipeline.scheduler_config)
     noise, conditioning = inputs(pipeline, 2)
-    with jax.default_matmul_precision("highest"):
-        ours = draw(unet, vae, scheduler_config, noise, conditioning, num_steps)
+    ours = draw(unet, vae, scheduler_config, noise, conditioning, num_steps)
     device = timing.torch_device()
     sampler = reference.Sampler(folder, scheduler_config, device, reference.DTYPES["float32"])
     reference.copy_params(sampler.unet, unet.params)

@@ -106,6 +106,11 @@ def compiled_memory(compiled: Any) -> int | None:
     return used - memory.alias_size_in_bytes
 
 
+def same_precision(dtype: str):
+    """A context in which products of float32 are not rounded to less, which is jax's habit on a GPU, not torch's."""
+    return jax.default_matmul_precision("highest" if dtype == "float32" else None)
+
+
 def torch_missing() -> str:
     """What the reference needs and this Python has not."""
     needed = ("torch", "diffusers", "peft")

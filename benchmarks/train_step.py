@@ -40,7 +40,7 @@ def start(program: Program) -> tuple[Any, Frozen]:
 def compile_step(program: Program) -> Any:
     """The program's step for its own arguments."""
     stage = program.stages[0]
-    with jax.default_matmul_precision("highest" if program.config.compute_dtype == "float32" else None):
+    with timing.same_precision(program.config.compute_dtype):
         return stage.step.lower(program.state, program.frozen, stage.batch).compile()
 
 
