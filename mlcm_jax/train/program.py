@@ -34,7 +34,8 @@ from mlcm_jax.types import Batch, Params, TextConditioning
 @dataclasses.dataclass(frozen=True)
 class StageProgram:
     """step: jit-ed (state, frozen, batch) -> (state, metrics); the state's buffers are donated. Stages that differ only
-    in what a batch holds share it. batch: its ShapeDtypeStructs with shardings. flops: of a step."""
+    in what a batch holds share it. batch: its ShapeDtypeStructs with shardings. flops: of a step, without
+    what is recomputed to save memory."""
 
     stage: Stage
     step: Any
@@ -115,8 +116,8 @@ def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> P
             student_apply=module.with_guidance_embedding(config.guidance_embedding_dim).apply,
         )
 
-    # a kernel's products are not seen in the jaxpr
-    counted = module.with_attention(XLA)
+    # A kernel's products are not seen in the jaxpr, and those that only save memory are no work for an example.
+    counted = UNet2DConditionModel.from_config(unet.config, jnp.dtype(config.compute_dtype), attention=XLA)
     compiled, programs = {}, []
     for stage in stages:
         batch = _batch_shapes(stage.config, conditioning, latents, replicated, auxiliary)

@@ -109,6 +109,11 @@ def test_the_policy_reaches_the_network(architecture):
     assert policies == [None, "nothing_saveable", "dots_saveable"]
 
 
+def test_what_is_recomputed_is_no_work_of_a_step(architecture):
+    plain, saving = (build_program(settings(remat=r), architecture, jax.devices()[:1]).stages[0] for r in (False, True))
+    assert saving.flops == plain.flops > 0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
