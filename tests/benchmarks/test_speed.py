@@ -25,6 +25,7 @@ def test_losses_and_evaluations_of_the_training_step_are_torchs(trainable, tmp_p
     assert isinstance(reference.run(), torch_reference.torch.Tensor)
 
 
+@pytest.mark.slow  # compiles a sampler and a decoder: half a minute
 def test_pictures_are_torchs(tmp_path):
     assert sample.check("small", "float32", tmp_path) <= 1
 
