@@ -23,7 +23,7 @@ from mlcm_jax.hub.text import with_text
 from mlcm_jax.model_flags import load_model
 
 TEXT = flags.DEFINE_string("text", None, "Folder of text encoders and tokenizers to use in place of the model's own.")
-LORA = flags.DEFINE_multi_string("lora", None, "LoRA to fold in, FILE or FILE:SCALE; give it again for more.")
+LORA = flags.DEFINE_multi_string("lora", None, "LoRA to fold in, PLACE or PLACE:SCALE; give it again for more.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "float16", "bfloat16"], "Of what is written; default: as read.")
 OUT = flags.DEFINE_string("out", None, "Folder, or .safetensors file, to write; it must not exist yet.", required=True)
 

@@ -1,7 +1,7 @@
 """Draw pictures with any diffusers folder: python launch/sample.py --model=DIR --prompt="red heart, noto style".
 
 The folder's own scheduler decides the sampler. Several pictures (several --prompt, or several latents in --latents)
-come as one grid.
+come as one grid. Without --model the shipped emoji student draws, and without --prompt, too, a grid of its own.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from PIL import Image
 
 from mlcm_jax.cli import run_main
 from mlcm_jax.conditioning import encode_prompts, unconditional
+from mlcm_jax.data.prompts import read_prompts
 from mlcm_jax.diffusion.samplers import SAMPLERS, step_table
 from mlcm_jax.errors import UserError
 from mlcm_jax.generate import TILING, decode, default_guidance_scale, draw_noise, in_tiles, sample_latents
@@ -23,13 +24,15 @@ from mlcm_jax.hub.pipeline import Pipeline
 from mlcm_jax.hub.text import with_text
 from mlcm_jax.hub.vae import load_vae
 from mlcm_jax.images import image_grid
-from mlcm_jax.model_flags import load_model
+from mlcm_jax.model_flags import MODEL, load_model
 from mlcm_jax.models.attention_backend import BACKENDS, AttentionBackend
 
-LORA = flags.DEFINE_multi_string("lora", None, "LoRA to draw with, FILE or FILE:SCALE; give it again for more.")
+LORA = flags.DEFINE_multi_string(
+    "lora", None, "LoRA to draw with, PLACE or PLACE:SCALE; give it again for more. A folder brings its sampler along."
+)
 VAE = flags.DEFINE_string("vae", None, "Folder of an autoencoder to decode with in place of the model's own.")
 TEXT = flags.DEFINE_string("text", None, "Folder of text encoders and tokenizers to use in place of the model's own.")
-PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; give it again for more pictures.", required=True)
+PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; give it again for more pictures.")
 STEPS = flags.DEFINE_integer("steps", 4, "Sampling steps.")
 SCHEDULER = flags.DEFINE_enum("scheduler", None, list(SAMPLERS), "In place of the model's own, from its settings.")
 ETA = flags.DEFINE_float("eta", 0.0, "TCDScheduler: part of fresh noise at each step, 0 (none) to 1.")
@@ -42,6 +45,22 @@ DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the U
 ATTENTION = flags.DEFINE_enum("attention", "auto", BACKENDS, "How the UNet computes attention.")
 VAE_TILING = flags.DEFINE_enum("vae_tiling", "auto", TILING, "Decode in tiles; auto: pictures larger than 1024 px.")
 OUT = flags.DEFINE_string("out", "sample.png", "The picture.")
+
+EMOJI = Path("examples/emoji")  # what draws where no model is named: the teacher there with the student's LoRA
+flags.set_default(MODEL, str(EMOJI / "teacher"))
+
+
+def named_model() -> bool:
+    return bool(flags.FLAGS[MODEL.name].present)
+
+
+def asked_prompts() -> list[str]:
+    """--prompt; for the shipped student its example captions, where there is none. Raises UserError for others."""
+    if PROMPT.value:
+        return PROMPT.value
+    if named_model():
+        raise UserError("There is nothing to draw: say what with --prompt.")
+    return read_prompts(EMOJI / "prompts" / "grid.txt")
 
 
 def initial_noise(pipeline: Pipeline, num_prompts: int) -> jax.Array:
@@ -71,10 +90,11 @@ def initial_noise(pipeline: Pipeline, num_prompts: int) -> jax.Array:
 
 
 def main():
+    prompts = asked_prompts()
     pipeline = load_model(DTYPE.value)
     if TEXT.value:
         pipeline = with_text(pipeline, TEXT.value, dtype=jnp.dtype(DTYPE.value))
-    pipeline = with_loras(pipeline, LORA.value or [])
+    pipeline = with_loras(pipeline, LORA.value or ([] if named_model() else [str(EMOJI / "student")]))
     scheduler_config = pipeline.scheduler_config
     if SCHEDULER.value:
         scheduler_config = scheduler_config | {"_class_name": SCHEDULER.value}
@@ -82,13 +102,13 @@ def main():
     pipeline = pipeline.with_attention(AttentionBackend(ATTENTION.value))
     vae = load_vae(VAE.value, pipeline, dtype=jnp.dtype(DTYPE.value)) if VAE.value else pipeline.vae
     step_table(scheduler_config, STEPS.value, ETA.value)  # answers a mistake before anything is compiled
-    noise = initial_noise(pipeline, len(PROMPT.value))
+    noise = initial_noise(pipeline, len(prompts))
     n, height, _, _ = noise.shape
     if SAVE_LATENTS.value:
         np.save(SAVE_LATENTS.value, np.asarray(noise).transpose(0, 3, 1, 2))
     in_tiles(vae, noise, VAE_TILING.value)  # answers a mistake, too
     image_size = height * pipeline.downscale
-    prompts = PROMPT.value if len(PROMPT.value) == n else PROMPT.value * n
+    prompts = prompts if len(prompts) == n else prompts * n
     latents = sample_latents(
         pipeline.unet,
         scheduler_config,

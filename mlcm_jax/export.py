@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 
 from mlcm_jax.diffusion.scheduler_config import NUM_TRAIN_TIMESTEPS, read_noise_config
 from mlcm_jax.errors import UserError
-from mlcm_jax.hub.lora import SCHEDULER_NAME, save_lora
+from mlcm_jax.hub.fetch import SCHEDULER_NAME
+from mlcm_jax.hub.lora import save_lora
 from mlcm_jax.hub.pipeline import Network, Pipeline, save_pipeline
 from mlcm_jax.hub.save import write_json
 from mlcm_jax.hub.single_file import save_single_file

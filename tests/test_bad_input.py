@@ -62,6 +62,10 @@ def test_sample(launch, files, sdxl_folder, tmp_path, mistake):
     assert not (tmp_path / "x.png").exists()
 
 
+def test_sample_of_a_model_without_a_prompt(launch, sdxl_folder):
+    assert_one_sentence(launch("sample", f"--model={sdxl_folder}"), "nothing to draw", "--prompt")
+
+
 TRAIN = {
     "a misspelt setting": (["--config.num_stepz=3"], ["'num_stepz'", "did you mean 'num_steps'"]),
     "a misspelt inner setting": (["--config.optim.learning_rat=3"], ["'learning_rat'", "'learning_rate'"]),

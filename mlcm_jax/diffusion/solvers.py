@@ -18,12 +18,6 @@ def ddim_step(schedule: Schedule, z: Latents, x0: Latents, t: Timesteps, s: Time
     return z_weight * z.astype(jnp.float32) + x0_weight * x0.astype(jnp.float32)
 
 
-def ddim_step_eps(schedule: Schedule, x0: Latents, eps: Latents, s: Timesteps) -> Latents:
-    """The same jump when both predictions are at hand: alpha_s x0 + sigma_s eps."""
-    alpha, sigma = alpha_sigma(schedule, s)
-    return alpha * x0.astype(jnp.float32) + sigma * eps.astype(jnp.float32)
-
-
 def dpmpp_2m_step(
     schedule: Schedule, z: Latents, x0: Latents, x0_prev: Latents, t_prev: Timesteps, t: Timesteps, s: Timesteps
 ) -> Latents:

@@ -15,11 +15,13 @@ from mlcm_jax.hub.tensor_reader import refuse_pickle
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 BASE_NAMES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 BASE_NAMES["text_encoder_2"] = "model"
+SCHEDULER_NAME = "scheduler_config.json"  # diffusers' own name
 SHARD = "-?????-of-?????"
 # the settings that a single file does not hold, by its pipeline's class; tokenizers are not among them
 ARCHITECTURES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15"}
 ARCHITECTURE_FOLDER = Path(__file__).parents[2] / "configs" / "architectures"
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+_HUB_FILE = re.compile(r"^([\w.-]+/[\w.-]+)/(.+\.safetensors)$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,12 @@ class Source:
     checkpoint: Path | None = None
     variant: str | None = None
 
+    @property
+    def scheduler_config(self) -> Path:
+        """The sampler's settings: those beside a single file, as a student is exported, or else the folder's."""
+        beside = self.checkpoint.with_name(SCHEDULER_NAME) if self.checkpoint else None
+        return beside if beside and beside.is_file() else self.folder / "scheduler" / SCHEDULER_NAME
+
 
 def find_model(
     model: str | Path,
@@ -42,7 +50,8 @@ def find_model(
     variant: str | None = None,
     revision: str | None = None,
 ) -> Source:
-    """The files of a model that is a diffusers folder, a hub id ("owner/name") or a single .safetensors file.
+    """The files of a model that is a diffusers folder, a hub id ("owner/name") or a single .safetensors file, which may
+    be on the hub as well ("owner/name/FILE.safetensors").
 
     Args:
       architecture: with a single file, the diffusers folder or hub id that its settings and tokenizers come from; None:
@@ -52,12 +61,13 @@ def find_model(
     Of a hub repository only the safetensors of the variant and the settings are downloaded. Raises UserError for a path
     that is none of these.
     """
-    path = Path(model)
+    path = resolve_file(model, revision)
     if path.is_file() and path.suffix == ".safetensors":
         if variant:
             raise UserError(f"{model} is a single file, which has no variants: leave out the variant {variant}.")
         own = ARCHITECTURE_FOLDER / ARCHITECTURES[class_of_checkpoint(path)]
-        return Source(resolve_folder(architecture or own, revision=revision, weights=False), path)
+        settings_revision = revision if Path(model).exists() else None  # otherwise it was the file's
+        return Source(resolve_folder(architecture or own, revision=settings_revision, weights=False), path)
     return Source(resolve_folder(model, variant=variant, revision=revision), None, variant)
 
 
@@ -82,6 +92,33 @@ def resolve_folder(
     if not _HUB_ID.match(str(model)) or str(model).startswith("."):
         raise UserError(f"{model} does not exist: name the folder of a diffusers model, or a hub id like owner/name.")
     return download(str(model), snapshot_patterns(variant, weights), revision)
+
+
+def resolve_file(place: str | Path, revision: str | None = None) -> Path:
+    """The path itself; where nothing is there and it reads like a file of the hub ("owner/name/FILE.safetensors"), that
+    file, downloaded. Raises UserError where the repository does not have it."""
+    on_hub = _HUB_FILE.match(str(place))
+    if on_hub is None or str(place).startswith(".") or Path(place).exists():
+        return Path(place)
+    repository, name = on_hub.groups()
+    file = download(repository, [name], revision) / name
+    if not file.is_file():
+        raise UserError(f"{repository} has no file {name} on the hub, and {place} is none here.")
+    return file
+
+
+def resolve_lora(place: str | Path, file_name: str) -> Path:
+    """The file or folder of a LoRA: a path, a file of the hub, or a hub id whose repository has ``file_name``.
+
+    Of a hub id, the LoRA and the settings beside it are downloaded.
+    """
+    path = resolve_file(place)
+    if path.exists() or path.suffix == ".safetensors" or not _HUB_ID.match(str(place)) or str(place).startswith("."):
+        return path
+    folder = download(str(place), [file_name, "*.json"])
+    if not (folder / file_name).is_file():
+        raise UserError(f"{place} has no {file_name} on the hub: name the LoRA's file, {place}/FILE.safetensors.")
+    return folder
 
 
 def snapshot_patterns(variant: str | None, weights: bool = True) -> list[str]:

@@ -16,6 +16,7 @@ from flax import traverse_util
 
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub import names
+from mlcm_jax.hub.fetch import SCHEDULER_NAME, resolve_lora
 from mlcm_jax.hub.load import check_tensors, place, read_json, read_layer
 from mlcm_jax.hub.lora_names import PARTS, Spelling, kohya_naming, spellings
 from mlcm_jax.hub.pipeline import Pipeline
@@ -25,7 +26,6 @@ from mlcm_jax.models import lora as low_rank
 from mlcm_jax.types import Params
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
-SCHEDULER_NAME = "scheduler_config.json"  # diffusers' own name, too
 METADATA_KEY = "lora_adapter_metadata"  # of the safetensors header, read by diffusers from 0.34 on
 NAMINGS = ("peft", "kohya")  # that are written; those that are read: lora_names.py
 
@@ -216,14 +216,16 @@ def _read_module(reader, kernel_path, kernel_shape, layers, header_alpha, dtype)
 def with_loras(pipeline: Pipeline, loras: Sequence[str]) -> Pipeline:
     """The pipeline with LoRAs folded into its networks' weights, which keep their dtype.
 
-    loras: PLACE or PLACE:SCALE (1 by default), a file or a folder as ``load_loras`` takes it. A folder that has a
+    loras: PLACE or PLACE:SCALE (1 by default), a file or a folder as ``load_loras`` takes it, here or on the hub
+    (hub/fetch.py, ``resolve_lora``). A folder that has a
     scheduler_config.json beside the LoRA, as a student's has, brings its sampler along. Raises UserError as
     ``load_loras`` does.
     """
     networks, scheduler_config = pipeline.networks(), pipeline.scheduler_config
     for entry in loras:
-        path, scale = _parse(entry)
-        beside = Path(path) / SCHEDULER_NAME
+        place, scale = _parse(entry)
+        path = resolve_lora(place, FILE_NAME)
+        beside = path / SCHEDULER_NAME
         scheduler_config = read_json(beside) if beside.is_file() else scheduler_config
         shapes = {part: networks[part].params for part in PARTS if part in networks}
         for part, tree in load_loras(path, shapes, dtype=np.float32).items():

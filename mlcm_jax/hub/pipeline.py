@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import transformers
 
 from mlcm_jax.errors import UserError
-from mlcm_jax.hub.fetch import Source, find_model
+from mlcm_jax.hub.fetch import SCHEDULER_NAME, Source, find_model
 from mlcm_jax.hub.fetch import resolve_folder as resolve_folder
 from mlcm_jax.hub.network import Network, ShardingRule, Weights, check_class, describe_network, load_network
 from mlcm_jax.hub.network import network_shapes as network_shapes
@@ -83,7 +83,8 @@ def read_architecture(
 
     A folder without weights will do. Arguments and errors are ``load_pipeline``'s.
     """
-    folder = find_model(model, architecture=architecture, variant=variant, revision=revision).folder
+    source = find_model(model, architecture=architecture, variant=variant, revision=revision)
+    folder = source.folder
     model_index = _read_model_index(folder, with_tokenizers=False)
     encoders, _ = PIPELINES[model_index["_class_name"]]
     return Pipeline(
@@ -91,7 +92,7 @@ def read_architecture(
         vae=describe_network(folder / "vae", model_index["vae"][1], dtype),
         text_encoders=tuple(describe_network(folder / part, model_index[part][1], dtype) for part in encoders),
         tokenizers=(),
-        scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json"),
+        scheduler_config=read_json(source.scheduler_config),
         model_index=model_index,
         folder=folder,
     )
@@ -176,7 +177,7 @@ def load_pipeline(
             "diffusers folder or hub id that has them, --architecture=DIR; its weights are not needed."
         )
     # What is small comes first: its mistakes are answered before the weights are read.
-    scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler_config = read_json(source.scheduler_config)
     tokenizers = tuple(load_tokenizer(folder / part, model_index[part][1]) for part in tokenizer_parts)
     networks = {
         part: load_part(source, part, model_index, dtype=dtype, param_dtype=param_dtype, shardings=shardings)
@@ -240,5 +241,5 @@ def save_pipeline(
                 shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
             else:
                 model_index[part] = [None, None]
-    write_json(scheduler_config, folder / "scheduler" / "scheduler_config.json")
+    write_json(scheduler_config, folder / "scheduler" / SCHEDULER_NAME)
     write_json(model_index, folder / "model_index.json")

@@ -49,6 +49,7 @@ CONFIG_KEYS: Table = {
     "addition_embed_type": (None, (None, "text_time")),
     "addition_time_embed_dim": (None, None),
     "num_class_embeds": ABSENT,
+    # Both are the same here: scores and softmax are always float32 (attention_backend.py).
     "upcast_attention": (False, (True, False, None)),
     "resnet_time_scale_shift": ("default", ("default",)),
     "resnet_skip_time_act": OFF,

@@ -2,14 +2,21 @@
 
 import fnmatch
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub import fetch
+from mlcm_jax.hub.lora import FILE_NAME as LORA
+from mlcm_jax.hub.lora import with_loras
 from mlcm_jax.hub.pipeline import load_pipeline, save_pipeline
+from mlcm_jax.hub.single_file import save_single_file
+
+EMOJI = Path(__file__).resolve().parents[2] / "examples" / "emoji"
 
 SETTINGS = ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json", "tokenizer/merges.txt"]
 PLAIN = ["unet/diffusion_pytorch_model-00001-of-00002.safetensors", "vae/diffusion_pytorch_model.safetensors"]
@@ -65,3 +72,51 @@ def test_a_variant_is_read_and_nothing_else(sd15_folder, tmp_path):
 def test_revisions_are_the_hubs(sd15_folder):
     with pytest.raises(UserError, match="has no revisions: leave out the revision v1"):
         load_pipeline(sd15_folder, revision="v1")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """hub(files): repositories that hold copies of these, by name; what was asked of it is returned as it grows."""
+
+    def make(files):
+        asked = []
+
+        def download(repository, *, revision, allow_patterns):
+            folder = tmp_path / "hub" / repository
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, source in files.items():
+                if any(fnmatch.fnmatch(name, p) for p in allow_patterns):
+                    shutil.copyfile(source, folder / name)
+            asked.append((repository, revision))
+            return str(folder)
+
+        monkeypatch.setattr(fetch.huggingface_hub, "snapshot_download", download)
+        return asked
+
+    return make
+
+
+def test_a_single_file_of_the_hub(hub, sd15_folder, tmp_path):
+    pipeline = load_pipeline(sd15_folder)
+    params = {part: network.params for part, network in pipeline.networks().items()}
+    save_single_file("StableDiffusionPipeline", params, tmp_path / "x.safetensors")
+    asked = hub({"x.safetensors": tmp_path / "x.safetensors"})
+    read = load_pipeline("owner/name/x.safetensors", architecture=sd15_folder, revision="v1")
+    assert asked == [("owner/name", "v1")]
+    jax.tree.map(np.testing.assert_array_equal, read.unet.params, pipeline.unet.params)
+    with pytest.raises(UserError, match=r"owner/name has no file y\.safetensors on the hub"):
+        load_pipeline("owner/name/y.safetensors", architecture=sd15_folder)
+
+
+def test_a_lora_of_the_hub(hub, tmp_path):
+    asked = hub({LORA: EMOJI / "student" / LORA, "scheduler_config.json": EMOJI / "student" / "scheduler_config.json"})
+    teacher = load_pipeline(EMOJI / "teacher")
+    here = with_loras(teacher, [str(EMOJI / "student")])
+    for place in ("owner/name", f"owner/name/{LORA}"):
+        there = with_loras(teacher, [f"{place}:1.0"])
+        jax.tree.map(np.testing.assert_array_equal, there.unet.params, here.unet.params)
+        assert (there.scheduler_config == here.scheduler_config) == (place == "owner/name"), "a file is weights alone"
+    assert asked == [("owner/name", None)] * 2
+    hub({})
+    with pytest.raises(UserError, match=r"other/name has no pytorch_lora_weights\.safetensors on the hub: name"):
+        with_loras(teacher, ["other/name"])

@@ -14,8 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mlcm_jax.errors import UserError
+from mlcm_jax.hub.fetch import SCHEDULER_NAME
 from mlcm_jax.hub.load import listed
-from mlcm_jax.hub.lora import METADATA_KEY, SCHEDULER_NAME, load_lora, save_lora, with_loras
+from mlcm_jax.hub.lora import METADATA_KEY, load_lora, save_lora, with_loras
 from mlcm_jax.hub.pipeline import load_network, load_pipeline, network_shapes
 from mlcm_jax.models import lora
 from mlcm_jax.types import TextConditioning

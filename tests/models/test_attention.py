@@ -40,6 +40,18 @@ def test_xla_is_softmax_attention():
     assert_close(dot_product_attention(q, k, v, 2), expected, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_scores_are_float32_whatever_the_inputs_are(dtype):
+    """diffusers' upcast_attention: scores of 90,000 and more, beyond float16 and too coarse in bfloat16."""
+    q, k, v, _ = arrays(*PROMPT)
+    q, k = (100 * jnp.sign(a) + a for a in (q, k))
+    q, k, v = (a.astype(dtype) for a in (q, k, v))
+    exact = dot_product_attention(*(a.astype(jnp.float32) for a in (q, k, v)), 2)
+    scores = np.einsum("tc,sc->ts", *(np.asarray(a[0, :, :8], np.float32) for a in (q, k)))
+    assert scores.max() > 7e4
+    assert_close(dot_product_attention(q, k, v, 2).astype(jnp.float32), exact, 1e-2)
+
+
 @pytest.mark.parametrize("sizes", [SELF, PROMPT, WIDE], ids=["self", "prompt", "wide heads"])
 def test_the_tpu_kernel_is_attention(sizes):
     """In Pallas' interpreter, which runs the kernel's blocks and memory on the CPU; its gradients too."""

@@ -71,11 +71,11 @@ class Programs:
         overrides = [f"--config.{name}={value}" for name, value in values.items()]
         return ["--config=configs/emoji.py", f"--workdir={workdir}", *overrides]
 
-    def sample(self, model: Path, latents: Path, num_steps: int) -> np.ndarray:
+    def sample(self, model: Path, latents: Path, num_steps: int, *args: str) -> np.ndarray:
         out = self.folder / f"{model.name}_{num_steps}.png"
         self.run(
             "sample", f"--model={model}", f"--prompt={PROMPT}", f"--latents={latents}", f"--steps={num_steps}",
-            f"--out={out}",
+            f"--out={out}", *args,
         )  # fmt: skip
         return np.asarray(Image.open(out))
 
@@ -205,22 +205,28 @@ def test_stock_diffusers_draws_the_same_pictures(programs, finished, stock, late
 
 @pytest.fixture(scope="module")
 def lora_run(programs):
-    """A LoRA run of few steps: its diffusers folder, and the LoRA file of launch/export.py."""
-    workdir, lora = programs.folder / "lora_run", programs.folder / "lora"
+    """A LoRA run of few steps: its workdir, with the merged student in export/."""
+    workdir = programs.folder / "lora_run"
     targets = ("/to_(q|k|v|out_0)$", "/proj_(in|out)$", "/ff/net_2$", "/conv[12]$", "/time_emb_proj$")
     settings = {"trainable": "lora", "lora.rank": 4, "lora.alpha": 8.0, "lora.targets": targets}
     settings |= {"num_steps": 4, "ema_decay": 0.0}
     settings |= {"optim.learning_rate": 0.05, "optim.schedule": "constant", "optim.warmup_steps": 0}
     programs.run("train", *programs.train_args(workdir, **settings))
-    programs.run("export", f"--workdir={workdir}", "--format=lora", f"--out={lora}", "--dtype=float32")
-    return workdir / "export", lora
+    return workdir
 
 
-def test_diffusers_loads_the_lora_on_the_teacher(programs, lora_run, latents):
+def exported(programs, workdir: Path, form: str) -> Path:
+    out = workdir / form
+    programs.run("export", f"--workdir={workdir}", f"--format={form}", f"--out={out}", "--dtype=float32")
+    return out
+
+
+@pytest.mark.parametrize("form", ["lora", "kohya"])
+def test_diffusers_loads_the_lora_on_the_teacher(programs, lora_run, latents, form):
     import torch
     from diffusers import StableDiffusionXLPipeline, TCDScheduler
 
-    merged, lora = lora_run
+    lora = exported(programs, lora_run, form)
     pipe = StableDiffusionXLPipeline.from_pretrained(programs.teacher, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = TCDScheduler.from_config(json.loads((lora / "scheduler_config.json").read_text()))
@@ -228,4 +234,11 @@ def test_diffusers_loads_the_lora_on_the_teacher(programs, lora_run, latents):
     pipe.load_lora_weights(lora)
     theirs = draw(pipe, latents, 4)
     assert np.abs(theirs.astype(int) - without).max() > 10, "the LoRA changes too little to be compared"
-    assert_same_picture(programs.sample(merged, latents, 4), theirs)
+    assert_same_picture(programs.sample(lora_run / "export", latents, 4), theirs)
+
+
+def test_a_single_file_draws_the_same_pictures(programs, lora_run, latents):
+    """The sampler beside it, with the teacher's settings and tokenizers."""
+    file = exported(programs, lora_run, "single_file") / "model.safetensors"
+    ours = programs.sample(file, latents, 4, f"--architecture={programs.teacher}")
+    assert_same_picture(ours, programs.sample(lora_run / "export", latents, 4))
