@@ -4,8 +4,11 @@ Everything is checked from the file's header before the first tensor is read. Th
 assembled on the host, cast and placed, so that the host holds little more than the largest array.
 """
 
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from flax import traverse_util
 
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub import names
+from mlcm_jax.hub.host_copy import copy_into
 from mlcm_jax.hub.layout import Layout, LayoutReader
 from mlcm_jax.hub.tensor_reader import DTYPES, TensorReader, listed, open_weights
 from mlcm_jax.hub.tensor_reader import find_weights as find_weights
@@ -85,8 +89,10 @@ def check_tensors(reader: TensorReader, found: Mapping[str, str], expected: Mapp
         )
 
 
-def read_array(reader: TensorReader, path: names.Path, file_names: list[str], dtype: Any = None) -> np.ndarray:
-    """Assemble the Flax array at ``path`` on the host, layer by layer where it is a stack."""
+def read_array(
+    reader: TensorReader, path: names.Path, file_names: list[str], tensors: Iterator[np.ndarray], dtype: Any = None
+) -> np.ndarray:
+    """Assemble the Flax array at ``path`` on the host from the next of ``tensors``, as many as there are names."""
     if dtype is None:
         dtypes = {reader.dtype(n) for n in file_names}
         if len(dtypes) > 1:
@@ -96,20 +102,32 @@ def read_array(reader: TensorReader, path: names.Path, file_names: list[str], dt
             )
         dtype = DTYPES[dtypes.pop()]
 
-    layers = (read_layer(reader, path, name) for name in file_names)
+    # zip asks the names first, so that no tensor of the next array is taken.
+    layers = (_as_flax(reader, path, name, tensor) for name, tensor in zip(file_names, tensors, strict=False))
     first = next(layers)
-    if not names.is_stacked(path):
-        return np.asarray(first, dtype, order="C")
     stack = np.empty((len(file_names), *first.shape), dtype)
-    stack[0] = first
-    for i, layer in enumerate(layers, start=1):
-        stack[i] = layer
-    return stack
+    for i, layer in enumerate(itertools.chain([first], layers)):
+        copy_into(stack[i, ...], layer)  # a view, of scalars too
+    return stack if names.is_stacked(path) else stack[0]
+
+
+def read_ahead(reader: TensorReader, file_names: Iterable[str]) -> Iterator[np.ndarray]:
+    """The tensors in order; a thread reads the next one while this one is being used."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting: deque[Future[np.ndarray]] = deque()
+        for name in file_names:
+            waiting.append(thread.submit(reader.read, name))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        yield from (future.result() for future in waiting)
 
 
 def read_layer(reader: TensorReader, path: names.Path, name: str) -> np.ndarray:
     """One tensor as Flax holds it; raises UserError when it has a value that is not finite."""
-    tensor = reader.read(name)
+    return _as_flax(reader, path, name, reader.read(name))
+
+
+def _as_flax(reader: TensorReader, path: names.Path, name: str, tensor: np.ndarray) -> np.ndarray:
     if not is_finite(tensor):
         raise UserError(
             f"{reader.source} has values that are no finite numbers in {reader.spelling(name)}: copy or download it "
@@ -165,8 +183,9 @@ def load_params(
     check_tensors(reader, found, expected)
     one_for_all = shardings is None or isinstance(shardings, jax.sharding.Sharding)
     by_path: dict[names.Path, Any] = {} if one_for_all else traverse_util.flatten_dict(shardings)
+    tensors = read_ahead(reader, [found[n] for _, _, torch_names in leaves for n in torch_names])
     params = {}
     for path, _, torch_names in leaves:
-        array = read_array(reader, path, [found[n] for n in torch_names], dtype)
+        array = read_array(reader, path, [found[n] for n in torch_names], tensors, dtype)
         params[path] = place(array, shardings if one_for_all else by_path[path])
     return traverse_util.unflatten_dict(params)
