@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs/architectures/sdxl/unet/config.json"
 BLOCK = 1 << 24
 GB = 1e9
+REPEATS = 3
 
 
 def write_weights(folder: Path) -> Path:
@@ -86,21 +87,29 @@ def fresh(action: str, file: Path) -> dict[str, float]:
 def main():
     with tempfile.TemporaryDirectory() as folder:
         file = write_weights(Path(folder))
-        print(f"{file.stat().st_size / GB:.2f} GB of float16 on disk")
+        print(f"{file.stat().st_size / GB:.2f} GB of float16 on disk; median (lowest to highest) of {REPEATS} runs")
         print("| page cache | parameters | peak over the baseline | load | read | ratio |\n|---|---|---|---|---|---|")
         for state in ("cold", "warm"):
-            results = {}
-            for action in ("read", "load"):
-                if state == "cold":
-                    drop_from_cache(file)
-                results[action] = fresh(action, file)
-            loaded, plain = results["load"], results["read"]
-            ratio = loaded["seconds"] / plain["seconds"]
+            rows = []
+            for _ in range(REPEATS):
+                results = {}
+                for action in ("read", "load"):
+                    if state == "cold":
+                        drop_from_cache(file)
+                    results[action] = fresh(action, file)
+                rows.append(results)
+            seconds = {action: [row[action]["seconds"] for row in rows] for action in ("load", "read")}
+            ratios = [a / b for a, b in zip(seconds["load"], seconds["read"], strict=True)]
             print(
-                f"| {state} | {loaded['parameters'] / GB:.2f} GB | {loaded['peak'] / GB:.2f} GB "
-                f"| {loaded['seconds']:.1f} s | {plain['seconds']:.1f} s | {ratio:.2f} |",
+                f"| {state} | {rows[0]['load']['parameters'] / GB:.2f} GB "
+                f"| {max(row['load']['peak'] for row in rows) / GB:.2f} GB "
+                f"| {spread(seconds['load'], ' s')} | {spread(seconds['read'], ' s')} | {spread(ratios)} |",
                 flush=True,
             )
+
+
+def spread(values: list[float], unit: str = "") -> str:
+    return f"{np.median(values):.2f}{unit} ({min(values):.2f} to {max(values):.2f})"
 
 
 if __name__ == "__main__":

@@ -69,9 +69,12 @@ class LayoutReader(TensorReader):
     def dtype(self, name: str) -> str:
         return self._reader.dtype(self._places[name].name)
 
-    def read(self, name: str) -> np.ndarray:
+    def num_bytes(self, name: str) -> int:
+        return self._reader.num_bytes(self._places[name].name)
+
+    def read(self, name: str, memory: np.ndarray | None = None) -> np.ndarray:
         place = self._places[name]
-        tensor = self._reader.read(place.name)
+        tensor = self._reader.read(place.name, memory)
         if place.form == "transposed":
             tensor = tensor.T
         return (tensor if place.third is None else np.split(tensor, 3)[place.third]).reshape(self.shape(name))

@@ -1,14 +1,13 @@
 """Strict, streaming reading of diffusers' and transformers' safetensors into Flax parameters.
 
-Everything is checked from the file's header before the first tensor is read. Then one Flax array at a time is
-assembled on the host, cast and placed, so that the host holds little more than the largest array.
+Everything is checked from the file's header before the first tensor is read. Then a few Flax arrays at a time are
+assembled on the host, cast and placed, so that the host holds little more than the largest of them.
 """
 
 import itertools
 import re
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from flax import traverse_util
 
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub import names
-from mlcm_jax.hub.host_copy import copy_into
+from mlcm_jax.hub.host_copy import copy_into, empty_aligned
 from mlcm_jax.hub.layout import Layout, LayoutReader
 from mlcm_jax.hub.tensor_reader import DTYPES, TensorReader, listed, open_weights
 from mlcm_jax.hub.tensor_reader import find_weights as find_weights
@@ -42,6 +41,7 @@ ALIASES = (
 
 EXPONENTS = {"float32": np.uint32(0x7F800000), "float16": np.uint16(0x7C00), "bfloat16": np.uint16(0x7F80)}
 CHUNK = 1 << 16  # elements, whose intermediate results stay in the processor's cache
+THREADS = 4  # that read, check, cast and place an array each
 
 
 def _match_names(
@@ -89,10 +89,8 @@ def check_tensors(reader: TensorReader, found: Mapping[str, str], expected: Mapp
         )
 
 
-def read_array(
-    reader: TensorReader, path: names.Path, file_names: list[str], tensors: Iterator[np.ndarray], dtype: Any = None
-) -> np.ndarray:
-    """Assemble the Flax array at ``path`` on the host from the next of ``tensors``, as many as there are names."""
+def read_array(reader: TensorReader, path: names.Path, file_names: list[str], dtype: Any = None) -> np.ndarray:
+    """Assemble the Flax array at ``path`` on the host from the tensors of these names."""
     if dtype is None:
         dtypes = {reader.dtype(n) for n in file_names}
         if len(dtypes) > 1:
@@ -102,32 +100,18 @@ def read_array(
             )
         dtype = DTYPES[dtypes.pop()]
 
-    # zip asks the names first, so that no tensor of the next array is taken.
-    layers = (_as_flax(reader, path, name, tensor) for name, tensor in zip(file_names, tensors, strict=False))
+    memory = np.empty(max(map(reader.num_bytes, file_names)), np.uint8)
+    layers = (read_layer(reader, path, name, memory) for name in file_names)
     first = next(layers)
-    stack = np.empty((len(file_names), *first.shape), dtype)
+    stack = empty_aligned((len(file_names), *first.shape), dtype)
     for i, layer in enumerate(itertools.chain([first], layers)):
         copy_into(stack[i, ...], layer)  # a view, of scalars too
     return stack if names.is_stacked(path) else stack[0]
 
 
-def read_ahead(reader: TensorReader, file_names: Iterable[str]) -> Iterator[np.ndarray]:
-    """The tensors in order; a thread reads the next one while this one is being used."""
-    with ThreadPoolExecutor(1) as thread:
-        waiting: deque[Future[np.ndarray]] = deque()
-        for name in file_names:
-            waiting.append(thread.submit(reader.read, name))
-            if len(waiting) > 1:
-                yield waiting.popleft().result()
-        yield from (future.result() for future in waiting)
-
-
-def read_layer(reader: TensorReader, path: names.Path, name: str) -> np.ndarray:
-    """One tensor as Flax holds it; raises UserError when it has a value that is not finite."""
-    return _as_flax(reader, path, name, reader.read(name))
-
-
-def _as_flax(reader: TensorReader, path: names.Path, name: str, tensor: np.ndarray) -> np.ndarray:
+def read_layer(reader: TensorReader, path: names.Path, name: str, memory: np.ndarray | None = None) -> np.ndarray:
+    """One tensor as Flax holds it, in ``memory`` if given; raises UserError when it has a value that is not finite."""
+    tensor = reader.read(name, memory)
     if not is_finite(tensor):
         raise UserError(
             f"{reader.source} has values that are no finite numbers in {reader.spelling(name)}: copy or download it "
@@ -145,7 +129,10 @@ def is_finite(tensor: np.ndarray) -> bool:
 
 
 def place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """Put a host array on the devices; each process hands over only the shards that it holds."""
+    """Put a host array on the devices; each process hands over only the shards that it holds.
+
+    A CPU device takes an aligned array as it is, without a copy: it must not be written to afterwards.
+    """
     if sharding is None:
         return jax.device_put(array)
     return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
@@ -160,7 +147,7 @@ def load_params(
     ignored: Sequence[re.Pattern] = (),
     layout: Layout | None = None,
 ) -> Params:
-    """Read a component's safetensors into parameters of the given tree, strictly and one array at a time.
+    """Read a component's safetensors into parameters of the given tree, strictly and a few arrays at a time.
 
     Args:
       shapes: tree of ShapeDtypeStructs, ``jax.eval_shape(module.init, ...)["params"]``; its dtypes are not used.
@@ -183,9 +170,11 @@ def load_params(
     check_tensors(reader, found, expected)
     one_for_all = shardings is None or isinstance(shardings, jax.sharding.Sharding)
     by_path: dict[names.Path, Any] = {} if one_for_all else traverse_util.flatten_dict(shardings)
-    tensors = read_ahead(reader, [found[n] for _, _, torch_names in leaves for n in torch_names])
-    params = {}
-    for path, _, torch_names in leaves:
-        array = read_array(reader, path, [found[n] for n in torch_names], tensors, dtype)
-        params[path] = place(array, shardings if one_for_all else by_path[path])
-    return traverse_util.unflatten_dict(params)
+
+    def load(leaf: tuple[names.Path, Any, list[str]]) -> tuple[names.Path, jax.Array]:
+        path, _, torch_names = leaf
+        array = read_array(reader, path, [found[n] for n in torch_names], dtype)
+        return path, place(array, shardings if one_for_all else by_path[path])
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return traverse_util.unflatten_dict(dict(pool.map(load, leaves)))

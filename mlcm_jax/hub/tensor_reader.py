@@ -1,7 +1,6 @@
 """Tensors of safetensors files: one, or the shards that an index names. Nothing else is ever opened."""
 
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ def listed(items: Iterable[str]) -> str:
     return ", ".join(items[:NUM_LISTED]) + rest
 
 
-def _offsets(file: Path) -> tuple[int, dict[str, Any]]:
+def _header(file: Path) -> tuple[int, dict[str, Any]]:
     """Where the data begin, and the header's entries, of a file that safetensors found in order."""
     with file.open("rb") as f:
         size = int.from_bytes(f.read(8), "little")
@@ -110,22 +109,34 @@ class TensorReader:
         """The dtype as the file spells it: F32, BF16, I64..."""
         return self._handles[name].get_slice(name).get_dtype()
 
-    def read(self, name: str) -> np.ndarray:
+    def num_bytes(self, name: str) -> int:
+        """What ``read`` needs of memory for a tensor."""
+        start, end = self._place(name)
+        return end - start
+
+    def read(self, name: str, memory: np.ndarray | None = None) -> np.ndarray:
+        """One tensor; memory: bytes to read it into: new ones take longer to get than a cached file to read."""
         # Not through the memory map: its pages would count as this process's memory, the whole file in the end.
+        start, end = self._place(name)
+        memory = np.empty(end - start, np.uint8) if memory is None else memory[: end - start]
+        try:
+            with self._files[name].open("rb") as f:
+                f.seek(start)
+                size = f.readinto(memory.data)
+        except OSError as e:
+            raise UserError(f"{self.source}: tensor {name} cannot be read ({e}).") from None
+        if size != end - start:
+            raise UserError(f"{self.source}: tensor {name} cannot be read (the file has become shorter).")
+        return memory.view(jnp.dtype(DTYPES[self.dtype(name)])).reshape(self.shape(name))
+
+    def _place(self, name: str) -> tuple[int, int]:
+        """Where a tensor's bytes begin and end in its file."""
         file = self._files[name]
         if file not in self._headers:
-            self._headers[file] = _offsets(file)
-        start, entries = self._headers[file]
-        try:
-            tensor = np.fromfile(
-                file,
-                jnp.dtype(DTYPES[self.dtype(name)]),
-                math.prod(self.shape(name)),
-                offset=start + entries[name]["data_offsets"][0],
-            )
-            return tensor.reshape(self.shape(name))
-        except (OSError, ValueError) as e:
-            raise UserError(f"{self.source}: tensor {name} cannot be read ({e}).") from None
+            self._headers[file] = _header(file)
+        data, entries = self._headers[file]
+        start, end = entries[name]["data_offsets"]
+        return data + start, data + end
 
 
 def find_weights(folder: Path, variant: str | None = None) -> Path:
