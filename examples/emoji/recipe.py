@@ -21,6 +21,7 @@ def _training(**overrides) -> ConfigDict:
             checkpoint_every=500,
             keep_checkpoints=2,
             optim=dict(
+                name="adamw",
                 learning_rate=1e-3,
                 schedule="cosine",
                 warmup_steps=100,
@@ -28,6 +29,7 @@ def _training(**overrides) -> ConfigDict:
                 b1=0.9,
                 b2=0.99,
                 eps=1e-8,
+                moment_dtype="float32",
                 weight_decay=0.01,
             ),
         )

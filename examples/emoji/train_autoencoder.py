@@ -53,7 +53,7 @@ def make_loss(model: AutoencoderKL):
 def latent_std(model, params, images) -> float:
     """Standard deviation of the latents' means over ``images``; its inverse is scaling_factor."""
     encode = jax.jit(lambda x: model.apply({"params": params}, x, method="encode")[0])
-    return float(np.std([np.asarray(encode(to_float(b))) for b in np.split(images, len(images) // 64)]))
+    return float(np.std(np.concatenate([encode(to_float(b)) for b in np.array_split(images, len(images) // 64)])))
 
 
 def main():
@@ -79,7 +79,9 @@ def main():
         sample_fn=sample,
     )
     std = latent_std(model, state.ema, data["image"][:2048])
-    recon = np.concatenate([np.asarray(reconstruct(state.ema, to_float(b))) for b in np.split(held, len(held) // 64)])
+    recon = np.concatenate(
+        [np.asarray(reconstruct(state.ema, to_float(b))) for b in np.array_split(held, len(held) // 64)]
+    )
     mse = np.square((to_uint8(recon).astype(np.float64) - held) / 255.0).mean(axis=(1, 2, 3))
     psnr = float(np.mean(-10 * np.log10(mse)))
     vae_config = {**VAE_CONFIG, "scaling_factor": 1.0 / std}

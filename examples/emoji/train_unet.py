@@ -1,7 +1,7 @@
-"""Train the emoji denoiser: python examples/emoji/train_unet.py --data_dir=DIR --teacher=DIR --workdir=DIR.
+"""Train the emoji denoiser: python examples/emoji/train_unet.py --data_dir=DIR --teacher=DIR --workdir=DIR --out=DIR.
 
---teacher holds vae/, text_encoder/, text_encoder_2/, tokenizer/ and tokenizer_2/; unet/, scheduler/ and
-model_index.json are added, and it is then a whole StableDiffusionXLPipeline folder.
+--teacher holds vae/, text_encoder/, text_encoder_2/, tokenizer/ and tokenizer_2/; --out becomes a whole
+StableDiffusionXLPipeline folder with them.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from mlcm_jax.conditioning import encode_prompts, unconditional
 from mlcm_jax.data.prompts import read_prompts
 from mlcm_jax.diffusion.parameterization import add_noise
 from mlcm_jax.diffusion.schedule import Schedule, alpha_sigma
+from mlcm_jax.errors import UserError
 from mlcm_jax.generate import decode, encode, sample_latents
 from mlcm_jax.hub.pipeline import Network, Pipeline, load_network, load_tokenizer, network_shapes, save_pipeline
 from mlcm_jax.images import image_grid
@@ -115,6 +116,8 @@ def make_sampler(pipeline: Pipeline, seed: int):
 
 def main():
     config, out = CONFIG.value, Path(OUT.value)
+    if out.resolve() == Path(TEACHER.value).resolve():
+        raise UserError(f"--out={out} is --teacher: choose another folder to write to.")
     pipeline = load_parts(Path(TEACHER.value))
     data = load_split(DATA_DIR.value, "train")
     batches = Batches(data, seed=config.seed, batch_size=config.batch_size)

@@ -1,0 +1,89 @@
+"""The programs that train the emoji teacher: each recipe's update, and all of them in turn on made-up pictures."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "examples" / "emoji"
+sys.path.insert(0, str(EXAMPLE))
+
+import recipe  # noqa: E402
+from emoji_dataset import dataset, names, sources  # noqa: E402
+from training import start  # noqa: E402
+
+NUM_NAMES = 450  # enough for 64 held-out pictures, which the programs measure at a time
+
+
+@pytest.mark.parametrize("training", ["AUTOENCODER", "CLIP", "CHINESE", "UNET"])
+def test_each_recipe_lowers_a_loss(training: str):
+    config = getattr(recipe, training)
+    state, step = start({"w": jnp.ones((2, 2))}, lambda params, batch, key: (jnp.square(params["w"]).sum(), {}), config)
+    losses = []
+    for _ in range(5):
+        state, metrics = step(state, None)
+        losses.append(float(metrics["loss"]))
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+    assert state.ema is not None
+    assert float(state.params["w"].max()) < float(state.ema["w"].max()) < 1.0
+
+
+def made_up_packages(folder: Path) -> Path:
+    """Packages as build_data.py unpacks them, of plain coloured squares."""
+    entries = [
+        {"name": f"thing {i}", "unified": f"{0xF0000 + i:X}", "category": "Any", "subcategory": "any"}
+        for i in range(NUM_NAMES)
+    ]
+    for source in sources.SOURCES:
+        images = folder / source.stem / "package" / source.images
+        images.mkdir(parents=True)
+        for i, entry in enumerate(entries):
+            colour = tuple(int(v) for v in np.random.default_rng(i).integers(0, 256, 3))
+            ending = ".webp" if source.style == "fluent" else ".png"
+            Image.new("RGB", (64, 64), colour).save(images / f"{entry['unified'].lower()}{ending}")
+    sources.names_file(folder).write_text(json.dumps(entries))
+    return folder
+
+
+def train(program: str, *arguments: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, EXAMPLE / f"{program}.py", *arguments, "--config.batch_size=4"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow  # compiles three trainings and a sampler: two minutes
+def test_the_programs_in_turn_leave_a_pipeline(tmp_path: Path):
+    from diffusers import StableDiffusionXLPipeline
+
+    dataset.build(tmp_path / "data", made_up_packages(tmp_path / "packages"))
+    assert sum(names.is_held_out(f"thing {i}") for i in range(NUM_NAMES)) * 3 >= 64
+    data, teacher = f"--data_dir={tmp_path}/data", tmp_path / "teacher"
+
+    out = train("train_autoencoder", data, f"--workdir={tmp_path}/ae", f"--out={teacher}/vae", "--config.num_steps=2")
+    assert json.loads(out.splitlines()[-1])["images"] >= 64
+    train(
+        "train_clip", data, f"--workdir={tmp_path}/clip", f"--out={teacher}", f"--scorer={tmp_path}/scorer",
+        "--config.num_steps=2",
+    )  # fmt: skip
+    for num_steps in (2, 3):  # the second call resumes the first one's run
+        train(
+            "train_unet", data, f"--workdir={tmp_path}/unet", f"--teacher={teacher}", f"--out={tmp_path}/finished",
+            f"--config.num_steps={num_steps}",
+        )  # fmt: skip
+    assert sorted(p.name for p in (tmp_path / "unet" / "checkpoints").iterdir()) == ["2", "3"]
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tmp_path / "finished", add_watermarker=False)
+    picture = np.asarray(pipeline("red heart", num_inference_steps=2, height=64, width=64).images[0])
+    assert picture.shape == (64, 64, 3) and picture.std() > 0
