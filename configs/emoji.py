@@ -31,6 +31,10 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.optim.clip_norm = 0.01  # the noisiest segment's gradients are ten times the others'
     config.optim.schedule = "cosine"
     config.optim.warmup_steps = 20
+    # For whoever gives preference.weight: learn from one judge, watch another.
+    config.preference.scorer = "clip=examples/emoji/scorer"
+    config.preference.guard = "clip=examples/emoji/guard"
+    config.preference.target = 1.0  # the largest cosine: there is always something to gain
     config.compute_dtype = "float32"
     config.frozen_dtype = "float32"
     config.remat = False

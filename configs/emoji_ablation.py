@@ -55,11 +55,7 @@ ROWS = {
         {"latent_lpips": "examples/emoji/latent_lpips"},
         STAGE_2 | {"distance": "latent_lpips"},
     ),
-    "preference": Row(
-        "stage 2 + preference",
-        {"preference.scorer": "clip=examples/emoji/scorer", "preference.target": 1.0},
-        STAGE_2 | {"preference.weight": 100.0},
-    ),
+    "preference": Row("stage 2 + preference", {}, STAGE_2 | {"preference.weight": 100.0}),
     "matching": Row(
         "stage 2 + distribution matching",
         {"distribution_matching.learning_rate": 1e-4},

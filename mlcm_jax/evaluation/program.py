@@ -19,7 +19,7 @@ from mlcm_jax.evaluation.precision_recall import NEIGHBOURS
 from mlcm_jax.evaluation.provenance import provenance
 from mlcm_jax.evaluation.real_pictures import RealPictures
 from mlcm_jax.evaluation.report import Row, write_report
-from mlcm_jax.evaluation.scorers import SCORERS, parse_places
+from mlcm_jax.evaluation.scorers import SCORERS, kind_of, parse_places
 from mlcm_jax.generate import default_guidance_scale
 from mlcm_jax.hub.pipeline import Pipeline, load_pipeline
 
@@ -94,8 +94,8 @@ def load_judges(settings: Settings) -> Judges:
     features = parse_places("features", settings.features, list(EXTRACTORS)) or {"clip": settings.scorer}
     return Judges(
         clip=load_scorer_once(settings.scorer),
-        scores={name: SCORERS[name](place) for name, place in scorers.items()},
-        extractors={name: EXTRACTORS[name](place) for name, place in features.items()},
+        scores={name: SCORERS[kind_of(name)](place) for name, place in scorers.items()},
+        extractors={name: EXTRACTORS[kind_of(name)](place) for name, place in features.items()},
     )
 
 

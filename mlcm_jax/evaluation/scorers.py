@@ -46,16 +46,22 @@ SCORERS: dict[str, Callable[[str], Score]] = {**JUDGES, "clip": load_clip_score}
 
 
 def parse_places(flag: str, entries: Sequence[str], known: Sequence[str]) -> dict[str, str]:
-    """["clip=DIR", ...] as {"clip": "DIR", ...}.
+    """["clip=DIR", "clip-large=DIR2", ...] as {"clip": "DIR", "clip-large": "DIR2", ...}: see ``kind_of``.
 
     Raises UserError, which names ``flag``, for an entry of another form, an unknown name and a name that comes twice.
     """
     places = {}
     for entry in entries:
         name, _, place = entry.partition("=")
-        if not place or name not in known or name in places:
+        if not place or kind_of(name) not in known or name in places:
             raise UserError(
-                f"--{flag} has the entry {entry!r}: write NAME=PLACE, each name once, of {', '.join(sorted(known))}."
+                f"--{flag} has the entry {entry!r}: write NAME=PLACE, each name once, of {', '.join(sorted(known))} "
+                "(or, for a second one of a kind, NAME-LABEL=PLACE)."
             )
         places[name] = place
     return places
+
+
+def kind_of(name: str) -> str:
+    """What reads the folder of a judge: "clip" for "clip" and for "clip-large", the name of a second one."""
+    return name.partition("-")[0]

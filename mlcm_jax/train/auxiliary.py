@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from mlcm_jax.errors import UserError
 from mlcm_jax.evaluation.judge import Judge
-from mlcm_jax.evaluation.scorers import JUDGES, parse_places
+from mlcm_jax.evaluation.scorers import JUDGES, kind_of, parse_places
 from mlcm_jax.hub.pipeline import Network, Pipeline, load_network
 from mlcm_jax.hub.vae import load_vae
 from mlcm_jax.types import Latents, Params
@@ -112,7 +112,7 @@ def read_auxiliary(configs: Sequence[ConfigDict], architecture: Pipeline) -> Aux
 
 def _read_judge(role: str, place: str, dtype: Any) -> Judge:
     ((name, folder),) = parse_places(f"config.preference.{role}", [place], tuple(JUDGES)).items()
-    return JUDGES[name](folder, dtype=dtype)
+    return JUDGES[kind_of(name)](folder, dtype=dtype)
 
 
 def _read_latent_lpips(folder: str, architecture: Pipeline) -> Network:

@@ -50,6 +50,8 @@ def inputs(sdxl_folder, tmp_path_factory):
 def test_a_model_that_is_its_baseline(inputs, tmp_path):
     """Two full batches and a part of a third; the reference is not among the steps, and is a row all the same."""
     sizes = {"num_images": 8, "batch_size": 3, "steps": "2,1", "reference_steps": 5, "resamples": 20}
+    again = f"clip-again={inputs['scorer']}"  # a second judge, which is the first
+    sizes |= {"features": f"clip={inputs['scorer']},{again}", "scorers": again}
     sizes |= {"guidance_scale": 3, "baseline_guidance_scale": 3, "diversity_prompts": 4, "diversity_seeds": 2}
     result = evaluate(**inputs, **sizes, data_matches_prompts=True, out=tmp_path / "out")
     assert result.returncode == 0, result.stderr
@@ -60,10 +62,12 @@ def test_a_model_that_is_its_baseline(inputs, tmp_path):
     rows = {(row["sampler"], row["steps"]): row for row in results["rows"]}
     assert list(rows) == [("model", 1), ("model", 2), ("baseline", 1), ("baseline", 2), ("baseline", 5)]
     assert all(row["scheduler"] == "DDIMScheduler" and row["guidance_scale"] == 3 for row in rows.values())
-    sets = {f"{metric}/clip/{reference}" for metric in SETS for reference in ("data", "baseline")}
+    names = [f"{name}/{reference}" for name in ("clip", "clip-again") for reference in ("data", "baseline")]
+    sets = {f"{metric}/{name}" for metric in SETS for name in names}
     for n in (1, 2):
         model, baseline = (rows[who, n]["figures"] for who in ("model", "baseline"))
-        assert set(model) == set(results["metrics"]) == OWN | PAIRWISE | sets
+        assert set(model) == set(results["metrics"]) == OWN | {"clip-again_score"} | PAIRWISE | sets
+        assert {name.replace("-again", ""): model[name] for name in model if "-again" in name}.items() <= model.items()
         for key in model.keys() - {"seconds_per_image"}:
             for part in ("value", "interval"):
                 np.testing.assert_allclose(model[key][part], baseline[key][part], rtol=1e-5, atol=1e-9)

@@ -1,4 +1,4 @@
-"""The metrics on the emoji teacher's own pictures with the shipped scorer: each gets worse when they are spoilt."""
+"""The metrics on the emoji teacher's own pictures with the shipped judges: each gets worse when they are spoilt."""
 
 import dataclasses
 from functools import partial
@@ -53,8 +53,9 @@ def shuffled(array):
     return np.roll(array, 7, axis=0)
 
 
-def test_clip_score(drawn, prompts):
-    score, images = load_clip_score(EMOJI / "scorer"), drawn["few"].images
+@pytest.mark.parametrize("judge", ["scorer", "guard"])
+def test_clip_score(judge, drawn, prompts):
+    score, images = load_clip_score(EMOJI / judge), drawn["few"].images
     right = score(images, prompts)
     for spoilt in (blurred(images, 2), shuffled(images), all_equal(images)):
         assert mean_figure(score(spoilt, prompts) - right).interval[1] < 0

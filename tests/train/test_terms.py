@@ -26,7 +26,7 @@ from mlcm_jax.train.step import Frozen
 from mlcm_jax.train.terms import Inputs, Preference, Told
 
 EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
-SCORER, TEACHER = EMOJI / "scorer", EMOJI / "teacher"
+GUARD, SCORER, TEACHER = EMOJI / "guard", EMOJI / "scorer", EMOJI / "teacher"
 
 
 def noised(key, x0, n=4096):
@@ -173,7 +173,7 @@ def test_preference_raises_the_score_and_never_learns_from_the_guard():
     vae = load_network(TEACHER / "vae", "AutoencoderKL")
     config = settings()
     config.preference.update({"weight": 1.0, "target": 1.0, "scorer": f"clip={SCORER}"})
-    config.preference.guard = f"pick_score={SCORER}"
+    config.preference.guard = f"clip={GUARD}"
     architecture = dataclasses.replace(read_architecture(TEACHER), vae=vae)
     guarded = read_auxiliary([config], architecture)
     alone = dataclasses.replace(guarded, judges={"scorer": guarded.judges["scorer"]})
