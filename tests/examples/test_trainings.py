@@ -35,6 +35,24 @@ def test_each_recipe_lowers_a_loss(training: str):
     assert float(state.params["w"].max()) < float(state.ema["w"].max()) < 1.0
 
 
+def test_curves(tmp_path: Path):
+    command = [
+        sys.executable,
+        EXAMPLE / "curves.py",
+        *(f"--{name}={tmp_path}" for name in ("autoencoder", "clip", "unet")),
+    ]
+    command += [f"--out={tmp_path / 'curves.png'}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    missing = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert missing.returncode == 2 and "metrics.jsonl does not exist" in missing.stderr
+
+    rows = [{"step": 20 * i, "loss": 3.0 / i, "psnr": 10.0 * i} for i in (1, 2, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert np.asarray(Image.open(tmp_path / "curves.png").convert("L")).std() > 1
+
+
 def made_up_packages(folder: Path) -> Path:
     """Packages as build_data.py unpacks them, of plain coloured squares."""
     entries = [
