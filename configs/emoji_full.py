@@ -4,7 +4,7 @@
 
 8, 4, then 2 segments on streamed trajectories; consistency across segments on the student's own samples; at the end
 distribution matching and a discriminator. It resumes inside any stage. Its LoRA is shipped: examples/emoji/student.
-Hardware and time: one CPU core, 100 minutes. Expected figures: README.md, "After all stages".
+Hardware and time: one CPU core, about 2 hours. Expected figures: README.md, "After all stages".
 """
 
 from ml_collections import ConfigDict

@@ -42,7 +42,7 @@ def _training(**overrides) -> ConfigDict:
     return config.lock()
 
 
-AUTOENCODER = _training(num_steps=2400, batch_size=16, ema_decay=0.995, optim={"learning_rate": 2e-3})
+AUTOENCODER = _training(num_steps=8000, batch_size=16, ema_decay=0.995, optim={"learning_rate": 2e-3})
 
 VAE_CONFIG = {
     "_class_name": "AutoencoderKL",
@@ -135,7 +135,7 @@ CHINESE = _training(
 )
 
 UNET = _training(
-    num_steps=10_500,
+    num_steps=22_500,
     batch_size=32,
     ema_decay=0.999,
     sample_every=250,
