@@ -54,6 +54,7 @@ def base() -> ConfigDict:
     config.lora.rank = 64
     config.lora.alpha = 64.0  # the factors' product is multiplied by alpha / rank
     config.lora.targets = UNET_TARGETS  # regular expressions on module paths
+    config.lora.start = ""  # file, folder or hub id of a LoRA to start from; "": one that changes nothing
     config.ema_decay = 0.0  # moving average of the trained weights, used for samples and export; 0: none
 
     # Further losses (train/terms.py); weight 0: not used
@@ -139,6 +140,8 @@ def validate(config: ConfigDict) -> None:
         )
     if config.guidance_embedding_dim and config.trainable == "lora":
         raise UserError("config.guidance_embedding_dim needs trainable='full': a LoRA has no place for the embedding.")
+    if config.lora.start and config.trainable != "lora":
+        raise UserError("config.lora.start needs trainable='lora': all weights start from a teacher.")
     if config.preference.weight > 0 and not config.preference.scorer:
         raise UserError("config.preference.weight needs config.preference.scorer: name a judge, such as clip=FOLDER.")
     if config.preference.form == "margin" and not config.preference.negative_prompt:

@@ -99,6 +99,16 @@ TRAIN = {
         ["--config.trainable=lora", "--config.lora.targets=('nothing',)"],
         ["'nothing' matches no layer"],
     ),
+    "a LoRA to start all weights from": (["--config.lora.start=examples/emoji/student"], ["trainable='lora'"]),
+    "a LoRA of another rank": (
+        ["--config=configs/emoji_full.py:last", "--config.lora.rank=8"],
+        ["examples/emoji/student", "config.lora.rank"],
+    ),
+    "a LoRA of another model": (
+        ["--config.trainable=lora", "--config.lora.start=examples/emoji/student"],
+        ["no LoRA for this model"],
+    ),
+    "a wrong variant of stages": (["--config=configs/emoji_full.py:first"], ["'first'", "all or last"]),
 }
 
 

@@ -62,10 +62,11 @@ class Program:
     auxiliary: Auxiliary
     create_state: Callable[[Params | None], TrainState]
 
-    def init_state(self, teacher: Params | None) -> TrainState:
-        """The state at step 0. teacher: the teacher's weights, float32; needed to train all weights only."""
+    def init_state(self, start: Params | None) -> TrainState:
+        """The state at step 0. start: what the trained weights start from, float32: the teacher's UNet or a LoRA; None
+        for a LoRA that changes nothing yet."""
         shardings = jax.tree.map(lambda a: a.sharding, self.state)
-        return jax.jit(self.create_state, out_shardings=shardings)(teacher)
+        return jax.jit(self.create_state, out_shardings=shardings)(start)
 
 
 def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> Program:
@@ -148,22 +149,23 @@ def stage_optimizer(stages: Sequence[Stage]) -> optax.GradientTransformation:
 
 
 def _create(
-    stages: Sequence[Stage], apply: Apply, schedule: Schedule, shapes: Shapes, teacher: Params | None
+    stages: Sequence[Stage], apply: Apply, schedule: Schedule, shapes: Shapes, start: Params | None
 ) -> TrainState:
-    """The state at step 0, with all that any of the stages needs. teacher: float32, to train all weights only."""
+    """The state at step 0, with all that any of the stages needs. start: as ``Program.init_state`` takes it."""
     config = stages[0].config
     if config.trainable == "lora":
         key = rng.stream(config.seed, "init", 0)
-        params = lora.init(key, shapes.teacher, config.lora.rank, config.lora.targets)
+        as_teacher = lora.init(key, shapes.teacher, config.lora.rank, config.lora.targets)
+        params = as_teacher if start is None else start
     else:
-        params = with_guidance_embedding(cast(Params, teacher), config.guidance_embedding_dim)
+        params = as_teacher = with_guidance_embedding(cast(Params, start), config.guidance_embedding_dim)
     n, height, width, channels = shapes.latents.shape
     pool, rivals = None, {}
     for stage in stages:
         if stage.config.states == "streaming":
             pool = empty_pool(n, (height, width, channels))
         key = rng.stream(config.seed, "rivals", 0)
-        rivals |= create_rivals(Setting(apply, schedule, stage.config), key, params, shapes)
+        rivals |= create_rivals(Setting(apply, schedule, stage.config), key, as_teacher, shapes)
     return create(params, stage_optimizer(stages), with_ema=config.ema_decay > 0, pool=pool, rivals=rivals)
 
 

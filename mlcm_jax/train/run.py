@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -15,9 +16,13 @@ from mlcm_jax.data.latents import LatentFile
 from mlcm_jax.data.prompts import read_prompts
 from mlcm_jax.errors import UserError
 from mlcm_jax.export import export
+from mlcm_jax.hub.fetch import resolve_lora
 from mlcm_jax.hub.load import read_json
+from mlcm_jax.hub.lora import FILE_NAME as LORA_FILE
+from mlcm_jax.hub.lora import load_lora
 from mlcm_jax.hub.pipeline import Pipeline, load_part, load_pipeline, read_architecture
 from mlcm_jax.hub.save import write_json
+from mlcm_jax.models import lora
 from mlcm_jax.pictures import plot_loss
 from mlcm_jax.train import loop
 from mlcm_jax.train.feed import Feed
@@ -111,7 +116,7 @@ def train(program: Program, pipeline: Pipeline, feed: Feed, grid_prompts: list[s
     viewer = Viewer(program, pipeline, grid_prompts)
 
     state = loop.run(
-        program.init_state(full_precision_unet(program, pipeline)),
+        program.init_state(starting_weights(program, pipeline)),
         lambda state, fed: fed.stage.step(state, frozen, fed.batch),
         feed,
         config,
@@ -123,11 +128,16 @@ def train(program: Program, pipeline: Pipeline, feed: Feed, grid_prompts: list[s
     return state.trained
 
 
-def full_precision_unet(program: Program, pipeline: Pipeline) -> Params | None:
-    """The teacher's UNet as float32, from which a student starts that trains all weights; None for a LoRA."""
-    if program.config.trainable == "lora":
-        return None
-    mesh, rules = program.mesh, program.config.sharding_rules
+def starting_weights(program: Program, pipeline: Pipeline) -> Params | None:
+    """What ``Program.init_state`` takes, float32: the teacher's UNet where all weights are trained, for a LoRA the
+    one that ``lora.start`` names, if any.
+
+    Raises UserError for a LoRA that is absent or corrupt, and for one of another rank or with other layers.
+    """
+    config = program.config
+    if config.trainable == "lora":
+        return _starting_lora(program, pipeline.unet.params) if config.lora.start else None
+    mesh, rules = program.mesh, config.sharding_rules
     assert pipeline.source is not None  # it was read by load_teacher
     unet = load_part(
         pipeline.source,
@@ -137,6 +147,20 @@ def full_precision_unet(program: Program, pipeline: Pipeline) -> Params | None:
         shardings=lambda _part, shapes: sharding.param_shardings(shapes, mesh, rules),
     )
     return unet.params
+
+
+def _starting_lora(program: Program, unet: Params) -> Params:
+    settings = program.config.lora
+    file = resolve_lora(settings.start, LORA_FILE)
+    in_file = load_lora(file, unet, dtype=jnp.float32)
+    found = lora.scaled(in_file, alpha=settings.rank, rank=settings.alpha)  # undo what ``up`` has in a file
+    wanted = jax.tree.map(jnp.shape, program.state.params)
+    if jax.tree.map(jnp.shape, found) != wanted:
+        raise UserError(
+            f"{settings.start} is a LoRA of another rank or with other layers: set config.lora.rank and "
+            "config.lora.targets to what it was trained with."
+        )
+    return found
 
 
 def restore(workdir: str | Path) -> tuple[ConfigDict, Pipeline, Params]:

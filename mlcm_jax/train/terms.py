@@ -77,7 +77,7 @@ class RivalTerm(Term, Protocol):
     """One with a rival also says how the rival starts and what it learns."""
 
     def init_rival(self, key: Key[Array, ""], student: Params, shapes: "Shapes") -> Params:
-        """The rival's weights at the start, float32."""
+        """The rival's weights at the start, float32. student: trained weights that leave the student the teacher."""
         ...
 
     def rival_loss(self, rival: Params, inputs: Inputs) -> Float[Array, ""]:
@@ -114,7 +114,7 @@ class DistributionMatching(Setting):
     """The rival is a fake score: a denoiser, the teacher at first, that learns what the student draws."""
 
     def init_rival(self, key, student, shapes):
-        return jax.tree.map(jnp.copy, student)  # the student starts as the teacher; a LoRA as one that changes nothing
+        return jax.tree.map(jnp.copy, student)
 
     def _output(self, rival, inputs, z, t):
         variables = student_variables(rival, inputs.teacher, self.config)
@@ -214,7 +214,7 @@ def rival_optimizer(config: ConfigDict, name: str) -> optax.GradientTransformati
 
 
 def create_rivals(setting: Setting, key: Key[Array, ""], student: Params, shapes: Shapes) -> dict[str, Rival]:
-    """The rivals of a stage's terms at their start. student: the trained weights at step 0."""
+    """The rivals of a stage's terms at their start. student: trained weights that leave it the teacher."""
     rivals = {}
     for name, term in rival_terms(setting).items():
         params = term.init_rival(key, student, shapes)

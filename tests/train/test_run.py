@@ -203,15 +203,16 @@ def test_stock_diffusers_draws_the_same_pictures(programs, finished, stock, late
     assert_same_picture(ours, draw(stock, latents, num_steps))
 
 
+TARGETS = ("/to_(q|k|v|out_0)$", "/proj_(in|out)$", "/ff/net_2$", "/conv[12]$", "/time_emb_proj$")
+LORA = {"trainable": "lora", "lora.rank": 4, "lora.alpha": 8.0, "lora.targets": TARGETS, "ema_decay": 0.0}
+LORA |= {"optim.learning_rate": 0.05, "optim.schedule": "constant", "optim.warmup_steps": 0}
+
+
 @pytest.fixture(scope="module")
 def lora_run(programs):
     """A LoRA run of few steps: its workdir, with the merged student in export/."""
     workdir = programs.folder / "lora_run"
-    targets = ("/to_(q|k|v|out_0)$", "/proj_(in|out)$", "/ff/net_2$", "/conv[12]$", "/time_emb_proj$")
-    settings = {"trainable": "lora", "lora.rank": 4, "lora.alpha": 8.0, "lora.targets": targets}
-    settings |= {"num_steps": 4, "ema_decay": 0.0}
-    settings |= {"optim.learning_rate": 0.05, "optim.schedule": "constant", "optim.warmup_steps": 0}
-    programs.run("train", *programs.train_args(workdir, **settings))
+    programs.run("train", *programs.train_args(workdir, **LORA, num_steps=4))
     return workdir
 
 
@@ -242,3 +243,12 @@ def test_a_single_file_draws_the_same_pictures(programs, lora_run, latents):
     file = exported(programs, lora_run, "single_file") / "model.safetensors"
     ours = programs.sample(file, latents, 4, f"--architecture={programs.teacher}")
     assert_same_picture(ours, programs.sample(lora_run / "export", latents, 4))
+
+
+def test_a_run_goes_on_from_a_lora(programs, lora_run, latents):
+    """A step of next to nothing leaves it what it was, its alpha included."""
+    workdir, lora = programs.folder / "started", exported(programs, lora_run, "lora")
+    settings = LORA | {"lora.start": lora, "num_steps": 1, "optim.learning_rate": 1e-9}
+    programs.run("train", *programs.train_args(workdir, **settings))
+    before, after = (programs.sample(run / "export", latents, 4) for run in (lora_run, workdir))
+    assert_same_picture(after, before)
