@@ -2,8 +2,8 @@
 
     python launch/train.py --config=configs/sd15.py --workdir=runs/sd15 --config.prompts=prompts.txt
 
-":lora" (rank 64, the default) or ":full". Hardware: one GPU of 24 GB or more, or a TPU v5e slice. Time and quality have
-not been measured here. prompts: any text file, one prompt a line.
+":lora" (rank 64, the default), ":full" or ":all", as in configs/sdxl.py. Hardware: one GPU of 24 GB or
+more, or a TPU v5e slice. Time and quality have not been measured here. prompts: any text file, one prompt a line.
 """
 
 from ml_collections import ConfigDict
