@@ -55,14 +55,14 @@ ROWS = {
         {"latent_lpips": "examples/emoji/latent_lpips"},
         STAGE_2 | {"distance": "latent_lpips"},
     ),
-    "preference": Row("stage 2 + preference", {}, STAGE_2 | {"preference.weight": 100.0}),
+    "preference": Row("stage 2 + preference", {}, STAGE_2 | {"preference.weight": 300.0}),
     "matching": Row(
         "stage 2 + distribution matching",
-        {"distribution_matching.learning_rate": 1e-4},
-        STAGE_2 | {"distribution_matching.weight": 0.05},
+        {"distribution_matching.learning_rate": 5e-4},
+        STAGE_2 | {"distribution_matching.weight": 0.3},
     ),
     "adversarial": Row(
-        "stage 2 + adversarial", {"adversarial.learning_rate": 1e-3}, STAGE_2 | {"adversarial.weight": 0.02}
+        "stage 2 + adversarial", {"adversarial.learning_rate": 1e-3}, STAGE_2 | {"adversarial.weight": 0.1}
     ),
     "lcm": Row(  # configs/emoji_lcm.py at the one guidance scale of the other rows
         "LCM",

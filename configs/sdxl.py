@@ -6,8 +6,8 @@
     python launch/train.py --config=configs/sdxl.py:all --workdir=runs/sdxl --config.prompts=prompts.txt \
         --config.preference.scorer=mps=DIR
 
-":lora" (the paper's: rank 64), ":full" (all 2.57 B weights, sharded over the fsdp axis; the default) or ":all" (the LoRA
-through all of the paper's stages; docs/judging.md says what DIR has to hold).
+":lora" (the paper's: rank 64), ":full" (all 2.57 B weights, sharded over the fsdp axis; the default) or ":all" (the
+LoRA through all of the paper's stages; docs/judging.md says what DIR has to hold).
 Hardware: a TPU v5e 4x4 slice or larger; memory of a step: docs/scale.md. Time and quality have not been measured here.
 Stages: 12,000 steps with 8, 4 and 2 segments, then 2,000 of consistency across segments on the student's samples.
 ":all" goes on with 500 steps that a judge of the pictures (MPS) guides, as the paper does, then 1,000 of distribution
