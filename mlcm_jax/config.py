@@ -84,7 +84,7 @@ def base() -> ConfigDict:
     config.microbatches = 1  # parts that the batch's gradient is computed in, one after the other, to save memory
     config.optim = ConfigDict()
     config.optim.name = "adamw"  # or adafactor, whose second moments of matrices are a row and a column
-    config.optim.learning_rate = 1e-4
+    config.optim.learning_rate = 1e-4  # a stage with another one begins its own warm-up and schedule
     config.optim.schedule = "constant"  # after the warm-up: constant, cosine or linear (both end at 0)
     config.optim.warmup_steps = 100
     config.optim.clip_norm = 1.0  # global norm of the gradient

@@ -17,31 +17,36 @@ SCHEDULES = {
 }
 
 
-def learning_rate_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule:
-    """Linear warm-up for ``warmup_steps``, then ``schedule`` over the rest; raises UserError for an unknown name."""
+def learning_rate_schedule(
+    config: ConfigDict, num_steps: int, restarts: Mapping[int, float] | None = None
+) -> optax.Schedule:
+    """Linear warm-up for ``warmup_steps``, then ``schedule`` over the rest.
+
+    restarts: {step: learning rate of a schedule, warm-up and all, that begins there}; one ends where the next begins.
+    Raises UserError for an unknown name.
+    """
     if config.schedule not in SCHEDULES:
         raise UserError(f"optim.schedule={config.schedule!r} is unknown: use one of {', '.join(SCHEDULES)}.")
-    warmup = config.warmup_steps
-    after = SCHEDULES[config.schedule](config.learning_rate, max(num_steps - warmup, 1))
-    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), after], [warmup])
+    peaks = {0: config.learning_rate} | dict(restarts or {})
+    starts, warmup = list(peaks), config.warmup_steps
+
+    def piece(peak: float, length: int) -> optax.Schedule:
+        after = SCHEDULES[config.schedule](peak, max(length - warmup, 1))
+        return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+    lengths = [end - start for start, end in zip(starts, [*starts[1:], num_steps], strict=True)]
+    return optax.join_schedules([piece(*each) for each in zip(peaks.values(), lengths, strict=True)], starts[1:])
 
 
 def make_optimizer(
-    config: ConfigDict, num_steps: int, peaks: Mapping[int, float] | None = None
+    config: ConfigDict, num_steps: int, restarts: Mapping[int, float] | None = None
 ) -> optax.GradientTransformation:
     """The optimizer of ``config.name`` after clipping by global norm; no weight decay on vectors (norms and biases).
 
-    peaks: {step: learning rate that takes the place of config.learning_rate from there on}.
+    restarts: as ``learning_rate_schedule`` takes them.
     """
-    schedule = learning_rate_schedule(config, num_steps)
-    starts, rates = [0, *(peaks or {})], [config.learning_rate, *(peaks or {}).values()]
-
-    def learning_rate(step):
-        stage = jnp.searchsorted(jnp.asarray(starts), step, side="right") - 1
-        return schedule(step) * jnp.asarray(rates, jnp.float32)[stage] / config.learning_rate
-
-    make = OPTIMIZERS[config.name]
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), make(config, learning_rate if peaks else schedule))
+    learning_rate = learning_rate_schedule(config, num_steps, restarts)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), OPTIMIZERS[config.name](config, learning_rate))
 
 
 def _adamw(config: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientTransformation:

@@ -143,9 +143,10 @@ def average_trips(config: ConfigDict) -> float:
 
 
 def stage_optimizer(stages: Sequence[Stage]) -> optax.GradientTransformation:
-    """The optimizer of a run, with the learning rate of each stage."""
-    config = stages[0].config
-    return make_optimizer(config.optim, config.num_steps, {s.start: s.config.optim.learning_rate for s in stages[1:]})
+    """The optimizer of a run: a stage with another learning rate than the one before begins a schedule of its own."""
+    config, rates = stages[0].config, [stage.config.optim.learning_rate for stage in stages]
+    restarts = {s.start: new for s, old, new in zip(stages[1:], rates, rates[1:], strict=False) if new != old}
+    return make_optimizer(config.optim, config.num_steps, restarts)
 
 
 def _create(

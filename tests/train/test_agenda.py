@@ -3,6 +3,7 @@
 import collections
 import itertools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from mlcm_jax.config import base
 from mlcm_jax.data.prompts import shuffled
 from mlcm_jax.errors import UserError
 from mlcm_jax.train.agenda import guidance_scales, rows_at
-from mlcm_jax.train.optim import make_optimizer
+from mlcm_jax.train.program import stage_optimizer
 from mlcm_jax.train.stages import read_stages, stage_at
 
 
@@ -72,18 +73,19 @@ def test_stages_add_up_and_take_prompts_where_the_last_one_stopped():
     assert (rows_at(stages, 10).jumps == 0).all(), "a new number of segments starts new trajectories"
 
 
-def test_the_learning_rate_of_a_stage_scales_the_schedule():
-    from jax import numpy as jnp
-
-    config = run(num_steps=20).optim
-    config.update({"learning_rate": 1e-2, "warmup_steps": 0, "clip_norm": 1e9, "weight_decay": 0.0})
-    optimizer = make_optimizer(config, 20, {2: 1e-3})
+def test_a_stage_with_another_learning_rate_has_a_schedule_of_its_own():
+    """The optimizer's own updates: warm-up and cosine to 0 in 4 steps, then in 3 at a tenth; the stage between them
+    changes nothing in the first schedule."""
+    config = run(num_steps=7, stages=({"start": 2, "num_segments": 2}, {"start": 4, "optim.learning_rate": 1e-3}))
+    config.optim.update({"learning_rate": 1e-2, "schedule": "cosine", "warmup_steps": 1, "clip_norm": 1e9})
+    optimizer = stage_optimizer(read_stages(config))
     params = {"w": jnp.ones((2, 2))}
     state, sizes = optimizer.init(params), []
-    for _ in range(4):
+    for _ in range(7):
         updates, state = optimizer.update({"w": jnp.ones((2, 2))}, state, params)
         sizes.append(float(-updates["w"][0, 0]))
-    np.testing.assert_allclose(sizes, [1e-2, 1e-2, 1e-3, 1e-3], rtol=1e-3)
+    expected = [0, 1e-2, 0.75e-2, 0.25e-2, 0, 1e-3, 0.5e-3]
+    np.testing.assert_allclose(sizes, expected, rtol=1e-3, atol=1e-9)
 
 
 WRONG = {
