@@ -79,7 +79,7 @@ def check_tensors(reader: TensorReader, found: Mapping[str, str], expected: Mapp
     ]
     if misshapen:
         raise UserError(
-            f"{reader.source} does not fit its config.json, {len(misshapen)} tensors have another shape: "
+            f"{reader.source} does not fit the network, {len(misshapen)} tensors have another shape: "
             f"{listed(misshapen)}."
         )
     mistyped = [f"{n} is {reader.dtype(n)}" for n in found.values() if reader.dtype(n) not in DTYPES]
