@@ -103,9 +103,10 @@ def latents(programs):
 
 
 def signal_after(process: subprocess.Popen, metrics: Path, step: int, number: signal.Signals) -> str:
-    """Send a signal as soon as the run has written the metrics of ``step``; returns stderr."""
+    """Send a signal as soon as the run has written the metrics of ``step`` and a checkpoint; returns stderr."""
     deadline = time.monotonic() + 1500
-    while not any(m["step"] >= step for m in read_metrics(metrics)):
+    # On a busy machine steps overtake the checkpoint that is written beside them.
+    while not (any(m["step"] >= step for m in read_metrics(metrics)) and saved_steps(metrics.parent)):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-3000:]
         time.sleep(0.005)
     process.send_signal(number)
