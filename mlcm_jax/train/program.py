@@ -1,6 +1,7 @@
 """The step of a run and its abstract arguments, built from config.json files alone: what is planned, compiled, run."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
@@ -144,8 +145,10 @@ def average_trips(config: ConfigDict) -> float:
 
 def stage_optimizer(stages: Sequence[Stage]) -> optax.GradientTransformation:
     """The optimizer of a run: a stage with another learning rate than the one before begins a schedule of its own."""
-    config, rates = stages[0].config, [stage.config.optim.learning_rate for stage in stages]
-    restarts = {s.start: new for s, old, new in zip(stages[1:], rates, rates[1:], strict=False) if new != old}
+    config, restarts = stages[0].config, {}
+    for before, stage in itertools.pairwise(stages):
+        if stage.config.optim.learning_rate != before.config.optim.learning_rate:
+            restarts[stage.start] = stage.config.optim.learning_rate
     return make_optimizer(config.optim, config.num_steps, restarts)
 
 

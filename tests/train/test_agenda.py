@@ -1,6 +1,7 @@
 """What a run does at each step, as a pure function of its configuration: stages, places on trajectories, prompts."""
 
 import collections
+import importlib
 import itertools
 
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlcm_jax.config import base
+from mlcm_jax.config import base, validate
 from mlcm_jax.data.prompts import shuffled
 from mlcm_jax.errors import UserError
 from mlcm_jax.train.agenda import guidance_scales, rows_at
@@ -86,6 +87,18 @@ def test_a_stage_with_another_learning_rate_has_a_schedule_of_its_own():
         sizes.append(float(-updates["w"][0, 0]))
     expected = [0, 1e-2, 0.75e-2, 0.25e-2, 0, 1e-3, 0.5e-3]
     np.testing.assert_allclose(sizes, expected, rtol=1e-3, atol=1e-9)
+
+
+RECIPES = {"emoji": ("full", "lora"), "emoji_full": ("all", "judged"), "emoji_ablation": ("streaming", "adversarial")}
+RECIPES |= {"sdxl": ("full", "lora", "all"), "sd15": ("full", "lora", "all")}
+
+
+@pytest.mark.parametrize("name, variant", [(name, v) for name, variants in RECIPES.items() for v in variants])
+def test_every_stage_of_a_recipe_can_work(name, variant):
+    config = importlib.import_module(f"configs.{name}").get_config(variant)
+    config.preference.scorer = config.preference.scorer or "mps=FOLDER"  # what sdxl.py:all leaves to the user
+    for stage in read_stages(config):
+        validate(stage.config)
 
 
 WRONG = {
