@@ -1,10 +1,9 @@
 """Distil SDXL 1.0 at 1024 px with the paper's lengths and rates (MLCM / TLCM, arXiv 2406.05768, section 5).
 
     python launch/train.py --config=configs/sdxl.py:lora --workdir=runs/sdxl --config.prompts=prompts.txt
-    python launch/compile.py --config=configs/sdxl.py --topology=v5e:4x4
-
     python launch/train.py --config=configs/sdxl.py:all --workdir=runs/sdxl --config.prompts=prompts.txt \
         --config.preference.scorer=mps=DIR
+    python launch/compile.py --config=configs/sdxl.py --topology=v5e:4x4
 
 ":lora" (the paper's: rank 64), ":full" (all 2.57 B weights, sharded over the fsdp axis; the default) or ":all" (the
 LoRA through all of the paper's stages; docs/judging.md says what DIR has to hold).
