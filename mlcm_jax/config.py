@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from mlcm_jax.distill.consistency import JUMPS
 from mlcm_jax.distill.losses import DISTANCES
 from mlcm_jax.distill.preference import FORMS
-from mlcm_jax.distill.segments import MAX_SEGMENTS
+from mlcm_jax.distill.segments import LAST_TIMESTEP, MAX_SEGMENTS
 from mlcm_jax.distill.states import SOURCES
 from mlcm_jax.errors import UserError
 from mlcm_jax.models.attention_backend import BACKENDS
@@ -58,6 +58,7 @@ def base() -> ConfigDict:
     config.ema_decay = 0.0  # moving average of the trained weights, used for samples and export; 0: none
 
     # Further losses (train/terms.py); weight 0: not used
+    config.terms_min_timestep = 0  # they change the answers for states from this timestep on; 999: for pure noise alone
     config.distribution_matching = ConfigDict()
     config.distribution_matching.weight = 0.0
     config.distribution_matching.learning_rate = 1e-5  # of the fake score
@@ -174,6 +175,7 @@ _RULES = {
     "guidance_scale_max": _NOT_NEGATIVE,
     "guidance_embedding_dim": ((lambda v: v >= 0 and v % 2 == 0 and v != 2), "0 or an even number from 4 on"),
     "consistency_weight": _NOT_NEGATIVE,
+    "terms_min_timestep": ((lambda v: 0 <= v <= LAST_TIMESTEP), f"from 0 to {LAST_TIMESTEP}"),
     "distribution_matching.weight": _NOT_NEGATIVE,
     "distribution_matching.learning_rate": _POSITIVE,
     "distribution_matching.updates": _POSITIVE,

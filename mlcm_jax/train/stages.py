@@ -27,6 +27,7 @@ CHANGEABLE = (
     "target_network",
     "distance",
     "consistency_weight",
+    "terms_min_timestep",
     "distribution_matching.weight",
     "adversarial.weight",
     "preference.weight",

@@ -114,9 +114,12 @@ def make_train_step(
             prediction = jump(schedule, rows.z, x0, rows.t, rows.edge)
             losses = {"consistency": distance(prediction, rows.target, learnt).mean()}
             loss = config.consistency_weight * losses["consistency"]
+            # Terms and rivals see the answers for all states; those for the less noisy ones stay as they are.
+            noisy = (rows.t >= config.terms_min_timestep)[:, None, None, None]
+            learning = jnp.where(noisy, x0, jax.lax.stop_gradient(x0))
             for name, term in terms.items():
                 rival = state.rivals[name].params if name in rivals_of else {}
-                losses[name], reported = term.loss(rival, seen(x0, rows, rng.named(key, name)))
+                losses[name], reported = term.loss(rival, seen(learning, rows, rng.named(key, name)))
                 losses |= {f"{name}_{entry}": value for entry, value in reported.items()}
                 loss += config[name].weight * losses[name]
             return loss, (losses, x0)

@@ -10,6 +10,7 @@ import optax
 import pytest
 from analytic import GaussianTeacher
 from small_runs import SCHEDULE, random_like, settings
+from toy_denoiser import LATENT_SHAPE, toy_apply, toy_batch, toy_conditioning, toy_params
 
 from mlcm_jax.config import validate
 from mlcm_jax.diffusion.parameterization import add_noise
@@ -22,8 +23,9 @@ from mlcm_jax.models.unet import UNet2DConditionModel
 from mlcm_jax.train.agenda import rows_at
 from mlcm_jax.train.auxiliary import read_auxiliary
 from mlcm_jax.train.program import build_program
-from mlcm_jax.train.step import Frozen
-from mlcm_jax.train.terms import Inputs, Preference, Told
+from mlcm_jax.train.state import Rival, create
+from mlcm_jax.train.step import Frozen, make_train_step
+from mlcm_jax.train.terms import Inputs, Preference, Told, rival_optimizer
 
 EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
 GUARD, SCORER, TEACHER = EMOJI / "guard", EMOJI / "scorer", EMOJI / "teacher"
@@ -160,6 +162,33 @@ def test_a_step_with_all_terms_trains_student_and_rivals(convolutional):
     for _ in range(5):
         state, metrics = stage.step(dataclasses.replace(state, step=jnp.int32(0)), frozen, batch)
     assert float(metrics["adversarial_rival"]) < first, "at fixed draws the heads learn to tell"
+
+
+def test_only_noisy_states_learn_from_the_terms_and_rivals_know_all():
+    optimizer, student, frozen = optax.sgd(1.0), toy_params(1), Frozen(toy_params(2), toy_conditioning(1, 4))
+    config = settings(num_segments=2, states="student", timesteps="milestones", target="x0", consistency_weight=0.0)
+    config.distribution_matching.weight = 1.0
+    rival = Rival(toy_params(5), rival_optimizer(config, "distribution_matching").init(toy_params(5)))
+
+    steps = {}
+    for config.terms_min_timestep in (0, 999):
+        step = make_train_step(toy_apply, SCHEDULE, optimizer, config.copy_and_resolve_references(), LATENT_SHAPE)
+        steps[config.terms_min_timestep] = jax.jit(step)
+
+    def update(lowest, jumps):
+        state = create(student, optimizer, rivals={"distribution_matching": rival})
+        after, _ = steps[lowest](state, frozen, toy_batch(4, 3, jumps, 2))
+        moved = jax.tree.map(jnp.subtract, after.params, student)
+        return moved, after.rivals["distribution_matching"].params
+
+    noise, half = (1, 1, 1, 1), (2, 2, 2, 2)  # states at timesteps 999 and 499
+    (of_noise, _), (of_half, _), (both, rival_all) = (update(0, jumps) for jumps in (noise, half, (1, 2, 1, 2)))
+    assert min(map(optax.tree.norm, (of_noise, of_half))) > 1e-3
+    jax.tree.map(np.testing.assert_array_equal, update(999, noise)[0], of_noise)
+    assert optax.tree.norm(update(999, half)[0]) == 0
+    some, rival_some = update(999, (1, 2, 1, 2))
+    assert 0 < optax.tree.norm(jax.tree.map(jnp.subtract, both, some)) < optax.tree.norm(both)
+    jax.tree.map(np.testing.assert_array_equal, rival_some, rival_all)
 
 
 def test_preference_forms():
