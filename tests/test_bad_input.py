@@ -101,14 +101,14 @@ TRAIN = {
     ),
     "a LoRA to start all weights from": (["--config.lora.start=examples/emoji/student"], ["trainable='lora'"]),
     "a LoRA of another rank": (
-        ["--config=configs/emoji_full.py:judged", "--config.lora.rank=8"],
+        ["--config=configs/emoji_full.py", "--config.lora.start=examples/emoji/student", "--config.lora.rank=8"],
         ["examples/emoji/student", "config.lora.rank"],
     ),
     "a LoRA of another model": (
         ["--config.trainable=lora", "--config.lora.start=examples/emoji/student"],
         ["student/pytorch_lora_weights.safetensors does not fit the network"],
     ),
-    "a wrong variant of stages": (["--config=configs/emoji_full.py:first"], ["'first'", "all or judged"]),
+    "a wrong variant of stages": (["--config=configs/emoji_full.py:first"], ["'first'", "all, every_state, huber"]),
 }
 
 
