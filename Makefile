@@ -1,12 +1,14 @@
 # Everything runs in .venv, which is made on first use and renewed when setup.py changes.
 #   make train   install, then distil the emoji teacher      make test   lint, types and tests
 #   make lint    ruff and pyright only                       make test-all  the slow tests as well
-# Variables: PYTHON, WORKDIR, EXTRAS (cuda or tpu: make train EXTRAS=cuda), PYTEST_FLAGS.
+# Variables: PYTHON, WORKDIR, EXTRAS (cuda or tpu: make train EXTRAS=cuda), PYTEST_FLAGS, WORKERS (none: one process).
 
 PYTHON ?= python3
 WORKDIR ?= runs/emoji
 EXTRAS ?=
-PYTEST_FLAGS ?= -m 'not slow' --durations=10
+PYTEST_FLAGS ?= -m 'not slow'
+# A file's tests stay in one process, as they share what it made; a process takes some 2 GiB.
+WORKERS ?= -n auto --maxprocesses=8 --dist loadfile
 
 BIN := .venv/bin
 STAMP := .venv/.stamp$(EXTRAS:%=-%)
@@ -37,7 +39,7 @@ lint: .venv/.test-stamp
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest $(WORKERS) --durations=10 $(PYTEST_FLAGS)
 
 test-all: lint
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest $(WORKERS) --durations=10

@@ -39,6 +39,7 @@ EXTRAS_REQUIRE = {
         "libtpu>=0.0.42",  # compiles for a TPU topology on a machine without TPUs
         "pyright[nodejs]==1.1.414",  # brings its own node
         "pytest>=9.2",
+        "pytest-xdist>=3.8",
         "ruff==0.17.6",
     ],
 }
