@@ -52,6 +52,7 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11",
     packages=find_packages(include=["mlcm_jax", "mlcm_jax.*"]),
+    package_dir={"": "."},  # an editable install then has this whole folder: configs/ import each other
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
 )

@@ -58,7 +58,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="session")
 def launch():
     """launch(program, *args) -> {"status", "stdout", "stderr"} of a process of its own."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    env.pop("PYTHONPATH", None)  # the install alone has to find what a program imports
     env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
     command = [sys.executable, "tests/launch_server.py"]
     server = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
