@@ -7,7 +7,7 @@
 pseudo-Huber distance, beside a judge of the pictures and distribution matching, which at last change the answers for
 pure noise alone. Two variants show what that is worth: "every_state" has no such last stage, "huber" no further losses.
 It resumes inside any stage. Its LoRA is shipped: examples/emoji/student. What was measured: README.md, "After all
-stages". Hardware and time: one CPU core, 80 minutes.
+stages". Hardware and time: one CPU core, some 85 minutes.
 """
 
 from ml_collections import ConfigDict
