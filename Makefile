@@ -7,7 +7,7 @@ PYTHON ?= python3
 WORKDIR ?= runs/emoji
 EXTRAS ?=
 PYTEST_FLAGS ?= -m 'not slow'
-# A file's tests stay in one process, as they share what it made; a process takes some 2 GiB.
+# A file's tests stay in one process, as they share what it made; at most 8 processes, for memory.
 WORKERS ?= -n auto --maxprocesses=8 --dist loadfile
 
 BIN := .venv/bin

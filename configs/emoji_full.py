@@ -16,13 +16,24 @@ from configs.emoji import get_config as emoji_config
 from mlcm_jax.errors import UserError
 
 # Consistency across segments costs guidance: with 3 here, 8 steps end further from the teacher than 2 do.
-ACROSS = {"start": 1500, "num_segments": 4, "states": "student", "solver_steps": 2, "target": "x0"}
-ACROSS |= {"guidance_scale": 4.5}
+ACROSS = {
+    "start": 1500,
+    "num_segments": 4,
+    "states": "student",
+    "solver_steps": 2,
+    "target": "x0",
+    "guidance_scale": 4.5,
+}
 HUBER = {"start": 2200, "distance": "pseudo_huber", "guidance_scale": 4.75, "optim.learning_rate": 6e-4}
 JUDGED = HUBER | {"distribution_matching.weight": 0.8, "preference.weight": 400.0}
 # What the losses add in one jump adds up over jumps; a first jump can take more of it.
-NOISE = {"start": 2550, "terms_min_timestep": 999, "optim.learning_rate": 8e-4}
-NOISE |= {"distribution_matching.weight": 0.5, "preference.weight": 2500.0}
+NOISE = {
+    "start": 2550,
+    "terms_min_timestep": 999,
+    "distribution_matching.weight": 0.5,
+    "preference.weight": 2500.0,
+    "optim.learning_rate": 8e-4,
+}
 LAST_STAGES = {"all": (JUDGED, NOISE), "every_state": (JUDGED,), "huber": (HUBER,)}
 
 
