@@ -79,7 +79,7 @@ def drop_from_cache(file: Path) -> None:
 
 
 def fresh(action: str, file: Path) -> dict[str, float]:
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, __file__, action, str(file)]
     return json.loads(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)
 

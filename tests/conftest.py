@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported; JAX_PLATFORMS=cuda runs the gpu tests
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"  # for meshes
+os.environ.pop("PYTHONPATH", None)  # for programs that tests start: the install alone has to find what they import
 
 import hypothesis
 import jax
@@ -59,7 +60,6 @@ ROOT = Path(__file__).parents[1]
 def launch():
     """launch(program, *args) -> {"status", "stdout", "stderr"} of a process of its own."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-    env.pop("PYTHONPATH", None)  # the install alone has to find what a program imports
     env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
     command = [sys.executable, "tests/launch_server.py"]
     server = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -101,7 +101,7 @@ TRAIN = {
     ),
     "a LoRA to start all weights from": (["--config.lora.start=examples/emoji/student"], ["trainable='lora'"]),
     "a LoRA of another rank": (
-        ["--config=configs/emoji_full.py", "--config.lora.start=examples/emoji/student", "--config.lora.rank=8"],
+        ["--config=configs/emoji.py:lora", "--config.lora.start=examples/emoji/student", "--config.lora.rank=8"],
         ["examples/emoji/student", "config.lora.rank"],
     ),
     "a LoRA of another model": (

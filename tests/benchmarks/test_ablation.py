@@ -53,7 +53,7 @@ def ablation(tmp_path_factory):
     defaults = {"teacher": save_sdxl(folder / "teacher", gain=10.0), "out": folder / "out"}
     defaults |= {"num_examples": 4, "batch_size": 2, "num_images": 8, "seeds": "0", "data": folder / "real.npy"}
     np.save(folder / "real.npy", np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3)).astype(np.uint8))
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     env |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
 
     def run(**flags):

@@ -24,7 +24,7 @@ UNKNOWN_ENTRY = (
 def test_config_of_an_evaluation(args, message, tmp_path):
     (tmp_path / "prompts.txt").write_text("a\nb\nc\nd\n")
     (tmp_path / "unknown.py").write_text(UNKNOWN_ENTRY)
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "launch/evaluate.py", "--model=nowhere", *(arg.format(folder=tmp_path) for arg in args)]
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 2, result.stderr

@@ -25,7 +25,7 @@ SETS = ("frechet_distance", "kernel_distance", "precision", "recall")
 
 
 def evaluate(**flags):
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "launch/evaluate.py", *(f"--{name}={value}" for name, value in flags.items())]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
 

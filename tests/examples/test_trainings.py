@@ -1,7 +1,6 @@
 """The programs that train the emoji teacher: each recipe's update, and all of them in turn on made-up pictures."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,13 +41,12 @@ def test_curves(tmp_path: Path):
         *(f"--{name}={tmp_path}" for name in ("autoencoder", "clip", "unet")),
     ]
     command += [f"--out={tmp_path / 'curves.png'}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    missing = subprocess.run(command, env=environment, capture_output=True, text=True)
+    missing = subprocess.run(command, capture_output=True, text=True)
     assert missing.returncode == 2 and "metrics.jsonl does not exist" in missing.stderr
 
     rows = [{"step": 20 * i, "loss": 3.0 / i, "psnr": 10.0 * i} for i in (1, 2, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert np.asarray(Image.open(tmp_path / "curves.png").convert("L")).std() > 1
 
@@ -71,7 +69,6 @@ def made_up_packages(folder: Path) -> Path:
 
 
 def train(program: str, *arguments: str) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, EXAMPLE / f"{program}.py", *arguments, "--config.batch_size=4"],
         env=environment,

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def convert(*args):
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [sys.executable, "launch/convert.py", *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
     )

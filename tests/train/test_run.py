@@ -33,7 +33,6 @@ class Programs:
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": "",
             "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": str(ROOT),
             "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
