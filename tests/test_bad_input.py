@@ -108,7 +108,10 @@ TRAIN = {
         ["--config.trainable=lora", "--config.lora.start=examples/emoji/student"],
         ["student/pytorch_lora_weights.safetensors does not fit the network"],
     ),
-    "a wrong variant of stages": (["--config=configs/emoji_full.py:first"], ["'first'", "all, every_state, huber"]),
+    "a wrong variant of stages": (
+        ["--config=configs/emoji_full.py:first"],
+        ["'first'", "all, every_state, huber, one_step"],
+    ),
 }
 
 
