@@ -71,7 +71,6 @@ def made_up_packages(folder: Path) -> Path:
 def train(program: str, *arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, EXAMPLE / f"{program}.py", *arguments, "--config.batch_size=4"],
-        env=environment,
         capture_output=True,
         text=True,
     )
