@@ -52,6 +52,12 @@ def draw_timesteps(rng: AnyKey, segment: Int[Array, " n"], num_segments: IntLike
     return jax.random.randint(rng, segment.shape, lower + 1, upper + 1)
 
 
+def jumps_to_first_segment(timesteps: str) -> int:
+    """The teacher's jumps from pure noise to a state of segment 0: one to a "uniform" time in it, none to "milestones",
+    since the noise lies on the segment's upper edge; each further segment takes one more."""
+    return 0 if timesteps == "milestones" else 1
+
+
 def short_step(t: Timesteps, skip: IntLike, lower: Timesteps) -> Timesteps:
     """Where the teacher's step from t ends: ``skip`` timesteps on, but never below the segment's lower edge."""
     return jnp.maximum(t - skip, lower)

@@ -43,18 +43,12 @@ class States(NamedTuple):
 
 class Rows(NamedTuple):
     """What a step draws for each row. jumps: the teacher's jumps from pure noise to the state; 0 is the noise itself.
-
-    A state after j >= 1 jumps lies in segment j - 1 of num_segments. latents: clean ones, scaled, for "data".
-    """
+    latents: clean ones, scaled, for "data"."""
 
     jumps: Int[Array, " n"]
     num_segments: Int[Array, ""]
     noise: Latents
     latents: Latents | None = None
-
-    @property
-    def segment(self) -> Int[Array, " n"]:
-        return jnp.maximum(self.jumps - 1, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +61,10 @@ class Source:
     student_x0: PredictX0
     key: Key[Array, ""]
 
+    def segment(self, jumps: Int[Array, " n"]) -> Int[Array, " n"]:
+        """Where a state lies after that many jumps."""
+        return jnp.maximum(jumps - segments.jumps_to_first_segment(self.config.timesteps), 0)
+
     def draw_timesteps(self, segment: Int[Array, " n"], num_segments: Int[Array, ""]) -> Timesteps:
         """t_m in each row's segment: anywhere, or at its upper edge."""
         if self.config.timesteps == "milestones":
@@ -75,7 +73,7 @@ class Source:
 
     def short_step(self, rows: Rows, t_m: Timesteps) -> tuple[Timesteps, Timesteps]:
         """t_n and the edge for states in the rows' segments."""
-        _, edge = segments.segment_edges(rows.segment, rows.num_segments)
+        _, edge = segments.segment_edges(self.segment(rows.jumps), rows.num_segments)
         return segments.short_step(t_m, self.config.skip, edge), edge
 
     def teacher_step(self, z: Latents, t_m: Timesteps, t_n: Timesteps) -> Latents:
@@ -102,7 +100,7 @@ def streaming(source: Source, rows: Rows, pool: Pool | None) -> tuple[States, Po
         z_n = walk(source.teacher_x0, source.schedule, z_n, times[1:], 0, num_steps - 1)[1]
 
     # A row whose trajectory ends here draws a last, unused jump: the next step starts it afresh.
-    following = jnp.minimum(rows.jumps, rows.num_segments - 1)
+    following = jnp.minimum(source.segment(rows.jumps + 1), rows.num_segments - 1)
     t_next = jnp.minimum(source.draw_timesteps(following, rows.num_segments), t_m - 1)
     if source.config.trajectory_solver == "dpmpp_2m":
         t_prev = jnp.where(fresh, t_m, pool.t_prev)
@@ -116,7 +114,7 @@ def streaming(source: Source, rows: Rows, pool: Pool | None) -> tuple[States, Po
 
 def mds(source: Source, rows: Rows, pool: Pool | None) -> tuple[States, Pool | None]:
     """A trajectory from pure noise for each state; all rows take the same number of jumps, those of the first."""
-    t_m = source.draw_timesteps(rows.segment, rows.num_segments)
+    t_m = source.draw_timesteps(source.segment(rows.jumps), rows.num_segments)
     t_n, edge = source.short_step(rows, t_m)
     num_jumps, substeps = rows.jumps[0], source.config.solver_steps
     times = denoising_timesteps(t_m, t_n, num_jumps, segments.MAX_SEGMENTS, substeps)
@@ -128,7 +126,7 @@ def mds(source: Source, rows: Rows, pool: Pool | None) -> tuple[States, Pool | N
 
 
 def _noised(source: Source, rows: Rows, latents: Latents) -> States:
-    t_m = source.draw_timesteps(rows.segment, rows.num_segments)
+    t_m = source.draw_timesteps(source.segment(rows.jumps), rows.num_segments)
     t_n, edge = source.short_step(rows, t_m)
     z_m = add_noise(source.schedule, latents, rows.noise, t_m)
     return States(z_m, t_m, source.teacher_step(z_m, t_m, t_n), t_n, edge, latents)

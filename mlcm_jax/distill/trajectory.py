@@ -18,13 +18,14 @@ PredictX0 = Callable[[Latents, Timesteps], Latents]
 def equal_jumps(t: Timesteps, s: Timesteps, num_jumps: int | Int[Array, ""], rows: int) -> Int[Array, "rows n"]:
     """``num_jumps`` equal jumps from t to s as the times they visit, t first; rows after the last jump repeat s."""
     j = jnp.minimum(jnp.arange(rows, dtype=jnp.int32), num_jumps)[:, None]
-    return t[None] - (t - s)[None] * j // num_jumps
+    return t[None] - (t - s)[None] * j // jnp.maximum(num_jumps, 1)
 
 
 def denoising_timesteps(
     t_m: Timesteps, t_n: Timesteps, num_jumps: Int[Array, ""], max_jumps: int, num_substeps: int = 1
 ) -> Int[Array, "times n"]:
     """The times of a trajectory: 999, then ``num_jumps`` equal jumps to t_m, then ``num_substeps`` more to t_n.
+    Without jumps t_m is 999 itself.
 
     Rows after those repeat t_n; there are max_jumps + num_substeps + 1, so that shapes do not depend on num_jumps.
     """

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
+from mlcm_jax.distill.segments import jumps_to_first_segment
 from mlcm_jax.train.stages import Stage, stage_at
 
 
@@ -38,8 +39,10 @@ def guidance_scales(config: ConfigDict, prompts: Int[np.ndarray, " n"]) -> Float
 
 def _streaming(stage: Stage, s: int) -> tuple[np.ndarray, np.ndarray]:
     """Row j's trajectory ends j steps (modulo its length) early the first time: afterwards every place is equally
-    often in a batch. A trajectory is M + 1 states long: the noise, and one in each segment."""
-    length, row = stage.config.num_segments + 1, np.arange(stage.config.batch_size)
+    often in a batch. A trajectory is M + 1 states long, the noise and one in each segment, or M at milestones, where
+    the noise is the first segment's."""
+    length = stage.config.num_segments + jumps_to_first_segment(stage.config.timesteps)
+    row = np.arange(stage.config.batch_size)
     turn = s + row % length
     jumps = np.minimum(s, turn % length)
     return jumps, turn // length * len(row) + row
@@ -50,13 +53,15 @@ def _one_segment(stage: Stage, s: int) -> tuple[np.ndarray, np.ndarray]:
     num_segments, n = stage.config.num_segments, stage.config.batch_size
     block, place = divmod(s, num_segments)
     order = np.random.default_rng([stage.config.seed, _SEGMENTS, stage.start, block]).permutation(num_segments)
-    return np.full(n, order[place] + 1), s * n + np.arange(n)
+    first = jumps_to_first_segment(stage.config.timesteps)
+    return np.full(n, first + order[place]), s * n + np.arange(n)
 
 
 def _every_segment(stage: Stage, s: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows in all segments side by side, each equally often."""
     position = s * stage.config.batch_size + np.arange(stage.config.batch_size)
-    return position % stage.config.num_segments + 1, position
+    first = jumps_to_first_segment(stage.config.timesteps)
+    return first + position % stage.config.num_segments, position
 
 
 _PLACES = {"streaming": _streaming, "mds": _one_segment, "data": _every_segment, "student": _every_segment}

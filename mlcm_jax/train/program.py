@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from mlcm_jax import sharding
 from mlcm_jax.diffusion.schedule import Schedule
+from mlcm_jax.distill.segments import jumps_to_first_segment
 from mlcm_jax.distill.states import empty_pool
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import Pipeline, conditioning_shapes
@@ -140,7 +141,8 @@ def attention_backend(config: ConfigDict, mesh: Mesh) -> AttentionBackend:
 
 def average_trips(config: ConfigDict) -> float:
     """Turns that the loop of a trajectory with a traced length takes on average, over all segments ("mds" has one)."""
-    return (config.num_segments + 1) / 2 + config.solver_steps
+    first = jumps_to_first_segment(config.timesteps)
+    return first + (config.num_segments - 1) / 2 + config.solver_steps
 
 
 def stage_optimizer(stages: Sequence[Stage]) -> optax.GradientTransformation:

@@ -38,12 +38,11 @@ def rows(jumps, num_segments, seed=0, latents=None):
     return Rows(jnp.asarray(jumps, jnp.int32), jnp.int32(num_segments), noise, latents)
 
 
-def check(states, jumps, num_segments, skip=20, substeps=1):
+def check(states, segment, num_segments, skip=20, substeps=1):
     """The state lies in its segment, and the teacher's solver leads from z_m to z_n without leaving it."""
     z_m, t_m, z_n, t_n, edge, _ = states
-    jumps = np.asarray(jumps)
-    np.testing.assert_array_equal(segment_of(t_m, num_segments), np.maximum(jumps - 1, 0))
-    np.testing.assert_array_equal(edge, segment_edges(jnp.asarray(np.maximum(jumps - 1, 0)), num_segments)[1])
+    np.testing.assert_array_equal(segment_of(t_m, num_segments), segment)
+    np.testing.assert_array_equal(edge, segment_edges(jnp.asarray(segment), num_segments)[1])
     np.testing.assert_array_equal(t_n, np.maximum(np.asarray(t_m) - skip, edge))
     z = z_m
     for i in range(substeps):
@@ -58,13 +57,14 @@ def test_states_lie_in_their_segments_and_z_n_follows_the_teacher(name, timestep
     num_segments = 4
     latents = jax.random.normal(jax.random.key(5), (8, *LATENT_SHAPE)) if name == "data" else None
     for step in range(4):
-        jumps = np.full(8, step + 1) if name == "mds" else np.arange(8) % num_segments + 1
+        segment = np.full(8, step) if name == "mds" else np.arange(8) % num_segments
+        jumps = segment if timesteps == "milestones" else segment + 1
         drawn = source(step, states=name, timesteps=timesteps, skip=skip, solver_steps=substeps)
         states, pool = SOURCES[name](drawn, rows(jumps, num_segments, step, latents), None)
         assert pool is None
-        check(states, jumps, num_segments, skip, substeps)
+        check(states, segment, num_segments, skip, substeps)
         if timesteps == "milestones":
-            upper, lower = segment_edges(jnp.asarray(jumps - 1), num_segments)
+            upper, lower = segment_edges(jnp.asarray(segment), num_segments)
             np.testing.assert_array_equal(states.t_m, upper)
             np.testing.assert_array_equal(states.t_n, lower)
 
@@ -102,7 +102,7 @@ def test_a_streamed_trajectory_is_one_of_the_teachers(solver):
         states, pool = jax.jit(
             lambda rows, pool, step=step: streaming(source(step, trajectory_solver=solver), rows, pool)
         )(given, pool)
-        check(states, jumps, num_segments)
+        check(states, np.full(6, max(step - 1, 0)), num_segments)
         if before is None:
             np.testing.assert_array_equal(states.z_m, given.noise)
             assert (np.asarray(states.t_m) == TOP).all()
@@ -161,14 +161,27 @@ def test_streamed_states_converge_to_the_exact_flow_when_segments_are_many():
     np.testing.assert_allclose(np.log2(errors[0] / errors[2]) / 2, 1.0, atol=0.35)
 
 
-def test_at_milestones_a_trajectory_goes_on_from_the_teachers_substeps():
-    """Whole segments end where the next state lies: it is z_n, not one long jump there."""
+def test_at_milestones_a_trajectory_goes_from_edge_to_edge_on_the_teachers_substeps():
+    """The noise is the first segment's state. Segments end where the next state lies: it is z_n, not one long jump."""
     drawn = {"timesteps": "milestones", "skip": 1000, "solver_steps": 4}
     pool = empty_pool(2, LATENT_SHAPE)
-    for jumps in (0, 1, 2, 3):
+    for jumps in range(4):
         states, pool = streaming(source(**drawn), rows([jumps] * 2, 4, jumps), pool)
+        check(states, np.full(2, jumps), 4, 1000, 4)
+        np.testing.assert_array_equal(states.t_m, edges(4)[jumps])
         single = ddim_step(SCHEDULE, states.z_m, TEACHER.x0(states.z_m, states.t_m), states.t_m, states.t_n)
-        if jumps > 0:  # the first jump goes from 999 to 998, within the first segment
+        if jumps < 3:  # after the last one the trajectory is over
             np.testing.assert_array_equal(pool.t, states.t_n)
             np.testing.assert_array_equal(pool.z, states.z_n)
             assert float(jnp.abs(single - states.z_n).max()) > 1e-3
+
+
+def test_at_milestones_mds_draws_the_states_of_a_streamed_trajectory():
+    """With whole segments in one step both walk the same DDIM trajectory."""
+    drawn, pool, given = {"timesteps": "milestones", "skip": 1000}, empty_pool(2, LATENT_SHAPE), rows([0, 0], 4)
+    for jumps in range(4):
+        at = given._replace(jumps=jnp.full(2, jumps))
+        streamed, pool = streaming(source(**drawn), at, pool)
+        drawn_anew, _ = SOURCES["mds"](source(**drawn), at, None)
+        for one, other in zip(streamed[:5], drawn_anew[:5], strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)

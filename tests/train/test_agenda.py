@@ -25,11 +25,11 @@ def run(**values):
 
 
 @settings(max_examples=30)
-@given(st.integers(1, 9), st.integers(1, 24))
-def test_streamed_rows_walk_whole_trajectories_and_batches_hold_every_place(num_segments, n):
-    stages = read_stages(run(num_segments=num_segments, batch_size=n))
-    rows = [rows_at(stages, step) for step in range(4 * (num_segments + 1))]
-    length = num_segments + 1
+@given(st.integers(1, 9), st.integers(1, 24), st.sampled_from(["uniform", "milestones"]))
+def test_streamed_rows_walk_whole_trajectories_and_batches_hold_every_place(num_segments, n, timesteps):
+    stages = read_stages(run(num_segments=num_segments, batch_size=n, timesteps=timesteps))
+    length = {"uniform": num_segments + 1, "milestones": num_segments}[timesteps]  # noise is a milestone
+    rows = [rows_at(stages, step) for step in range(4 * length)]
     for before, after in itertools.pairwise(rows):
         goes_on = after.jumps == before.jumps + 1
         assert (goes_on | (after.jumps == 0)).all()
@@ -40,16 +40,16 @@ def test_streamed_rows_walk_whole_trajectories_and_batches_hold_every_place(num_
         counts = np.bincount(late.jumps, minlength=length)
         assert counts.max() - counts.min() <= 1, "places are spread evenly over a batch"
     ends = sum((after.jumps == 0).sum() for after in rows[length : 3 * length])
-    assert ends == 2 * n, "n trajectories begin every M + 1 steps"
+    assert ends == 2 * n, "n trajectories begin every M + 1 steps, or M"
     assert len({(j, p) for r in rows for j, p in zip(r.jumps, r.prompts, strict=True)}) == len(rows) * n
 
 
 @pytest.mark.parametrize("states", ["mds", "data", "student"])
-def test_other_states_visit_every_segment_equally_and_every_prompt_once(states):
-    stages = read_stages(run(states=states, num_segments=3, batch_size=6))
+@pytest.mark.parametrize(("timesteps", "expected"), [("uniform", [0, 18, 18, 18]), ("milestones", [18, 18, 18])])
+def test_other_states_visit_every_segment_equally_and_every_prompt_once(states, timesteps, expected):
+    stages = read_stages(run(states=states, num_segments=3, batch_size=6, timesteps=timesteps))
     rows = [rows_at(stages, step) for step in range(9)]
-    counts = np.bincount(np.concatenate([r.jumps for r in rows]), minlength=4)
-    np.testing.assert_array_equal(counts, [0, 18, 18, 18])
+    np.testing.assert_array_equal(np.bincount(np.concatenate([r.jumps for r in rows])), expected)
     assert sorted(np.concatenate([r.prompts for r in rows])) == list(range(54))
     one_segment = all(len(set(r.jumps)) == 1 for r in rows)
     assert one_segment == (states == "mds")
