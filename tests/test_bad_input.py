@@ -110,7 +110,7 @@ TRAIN = {
     ),
     "a wrong variant of stages": (
         ["--config=configs/emoji_full.py:first"],
-        ["'first'", "all, every_state, huber, one_step"],
+        ["'first'", "all, every_state, huber, matching, both"],
     ),
 }
 
