@@ -7,7 +7,7 @@
 pseudo-Huber distance, beside a judge of the pictures, which at last changes the answers for pure noise alone. Variants
 show what that is worth: "every_state" has no such last stage, "huber" no judge, "matching" distribution matching in its
 place, "both" the two of them. It resumes inside any stage. Its LoRA is shipped: examples/emoji/student. What was
-measured: README.md, "After all stages". Hardware and time: one CPU core, some 75 minutes.
+measured: README.md, "After all stages". Hardware and time: one CPU core, some 80 minutes.
 """
 
 from ml_collections import ConfigDict
