@@ -80,7 +80,7 @@ def make_plan(stages: Sequence[Any], mesh: Mesh, *, image_size: int, state, froz
         image_size=image_size,
         batch_size=config.batch_size,
         num_steps=config.num_steps,
-        stages=tuple(_stage_plan(program.stage, program.flops) for program in stages),
+        stages=tuple(_stage_plan(p.stage, p.flops) for p in stages if p.stage.start < config.num_steps),
         state_bytes=bytes_per_device(state),
         frozen_bytes=bytes_per_device(frozen),
     )
@@ -88,9 +88,8 @@ def make_plan(stages: Sequence[Any], mesh: Mesh, *, image_size: int, state, froz
 
 def _stage_plan(stage: Stage, flops: float) -> StagePlan:
     config = stage.config
-    return StagePlan(
-        stage.start, stage.end, config.states, config.num_segments, config.target, flops, config.batch_size
-    )
+    end = min(stage.end, config.num_steps)  # a run can be shorter than its stages
+    return StagePlan(stage.start, end, config.states, config.num_segments, config.target, flops, config.batch_size)
 
 
 def _size(tree) -> int:
