@@ -48,13 +48,13 @@ def get_config(variant: str = "all") -> ConfigDict:
     config.guidance_scale = 3.0  # where the teacher is at its best (its model card)
     config.num_segments = 8
     config.solver_steps = 1
-    config.num_steps, last_stages = VARIANTS[variant]
+    config.num_steps, later_stages = VARIANTS[variant]
     config.optim.learning_rate = 1e-3  # 3e-3 was worse after 150 steps
     config.ema_decay = 0.99
     config.stages = (
         {"start": 400, "num_segments": 4, "solver_steps": 2},
         {"start": 1200, "num_segments": 2, "solver_steps": 4},
-        *last_stages,
+        *later_stages,
     )
     config.distribution_matching.learning_rate = 5e-4  # of the variants that have it
     config.checkpoint_every = 100
