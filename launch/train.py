@@ -13,11 +13,12 @@ from mlcm_jax.train.run import distill
 CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, such as configs/emoji.py.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/emoji", "Folder for checkpoints, metrics, samples and the export.")
 PLAN_ONLY = flags.DEFINE_bool("plan_only", False, "Stop after the plan has been printed.")
+COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Stop when the steps of all stages are compiled.")
 flags.mark_flag_as_required("config")
 
 
 def main():
-    distill(CONFIG.value, WORKDIR.value, plan_only=PLAN_ONLY.value)
+    distill(CONFIG.value, WORKDIR.value, plan_only=PLAN_ONLY.value, compile_only=COMPILE_ONLY.value)
 
 
 if __name__ == "__main__":

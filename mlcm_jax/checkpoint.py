@@ -9,6 +9,11 @@ import orbax.checkpoint as ocp
 from mlcm_jax.errors import UserError
 
 
+def latest_step(folder: str | Path) -> int | None:
+    """The step of the newest whole checkpoint in a run's folder of them; None where there is none."""
+    return max(ocp.utils.checkpoint_steps(folder), default=None)  # of a folder that does not exist, none
+
+
 class Checkpoints:
     """The checkpoints of one run, in ``folder``/<step>; saving runs in the background.
 

@@ -60,8 +60,8 @@ class Plan:
             "images": f"{self.image_size} x {self.image_size} px, {self.batch_size} prompts a step, "
             f"{self.num_steps} steps",
             **{f"stage {i}": str(stage) for i, stage in enumerate(self.stages, 1)},
-            "memory": f"{_bytes(self.state_bytes)} of trained weights and optimizer, {_bytes(self.frozen_bytes)} "
-            "frozen, on each device, before activations",
+            "memory": f"{format_bytes(self.state_bytes)} of trained weights and optimizer, "
+            f"{format_bytes(self.frozen_bytes)} frozen, on each device, before activations",
         }
         return "\n".join(f"{name:>10}  {text}" for name, text in rows.items())
 
@@ -100,5 +100,6 @@ def _count(n: int) -> str:
     return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"
 
 
-def _bytes(n: int) -> str:
+def format_bytes(n: int) -> str:
+    """Bytes as a person reads them: 1.25 GB or 20.5 MB."""
     return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"

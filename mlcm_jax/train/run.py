@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mlcm_jax import sharding
-from mlcm_jax.checkpoint import Checkpoints
+from mlcm_jax.checkpoint import Checkpoints, latest_step
 from mlcm_jax.conditioning import unconditional
 from mlcm_jax.config import base, validate
 from mlcm_jax.data.latents import LatentFile
@@ -25,6 +25,7 @@ from mlcm_jax.hub.save import write_json
 from mlcm_jax.models import lora
 from mlcm_jax.pictures import plot_loss
 from mlcm_jax.train import loop
+from mlcm_jax.train.compile import Executables, compile_steps
 from mlcm_jax.train.feed import Feed
 from mlcm_jax.train.metrics import read_metrics
 from mlcm_jax.train.program import Program, attention_backend, build_program
@@ -45,27 +46,33 @@ MAY_CHANGE = (
     "attention",
 )
 CONFIG_FILE = "config.json"
+CHECKPOINTS = "checkpoints"
 
 
-def distill(config: ConfigDict, workdir: str | Path, *, plan_only: bool = False) -> None:
-    """Run the whole job: print the plan, train, and leave samples/, figures and export/ in ``workdir``.
+def distill(config: ConfigDict, workdir: str | Path, *, plan_only: bool = False, compile_only: bool = False) -> None:
+    """Run the whole job: print the plan, compile, train, and leave samples/, figures and export/ in ``workdir``.
 
-    Raises UserError, before anything is compiled, for input that cannot work.
+    plan_only: stop after the plan. compile_only: stop when the steps are compiled, for jax's compilation cache; the
+    teacher's weights are not needed. Raises UserError, before anything is compiled, for input that cannot work.
     """
     workdir = Path(workdir)
     _check_resume(config, workdir)
     for stage in read_stages(config):
         validate(stage.config)
     prompts, grid_prompts = read_prompts(config.prompts), read_prompts(config.sample.prompts)
-    program = build_program(config, describe_teacher(config, weights_needed=not plan_only))
+    program = build_program(config, describe_teacher(config, weights_needed=not (plan_only or compile_only)))
     latents = None
     if config.latents:
         latents = LatentFile(config.latents, n=len(prompts), latent_shape=program.latent_shape)
     print(program.plan, flush=True)
     if plan_only:
         return
+    executables = compile_steps(program, latest_step(workdir / CHECKPOINTS) or 0)
+    if compile_only:
+        return
     pipeline = load_teacher(program, jnp.dtype(config.frozen_dtype))
-    trained = train(program, pipeline, Feed(program, pipeline, prompts, latents), grid_prompts, workdir)
+    feed = Feed(program, pipeline, prompts, latents)
+    trained = train(program, executables, pipeline, feed, grid_prompts, workdir)
     del pipeline
     export(load_teacher(program, None), trained, config, workdir / "export", format="diffusers")
     print(f"The student is in {workdir / 'export'}, its pictures are in {workdir / 'samples'}.")
@@ -103,21 +110,31 @@ def load_teacher(program: Program, param_dtype: Any) -> Pipeline:
     return pipeline.with_attention(attention_backend(config, program.mesh))
 
 
-def train(program: Program, pipeline: Pipeline, feed: Feed, grid_prompts: list[str], workdir: Path) -> Params:
+def train(
+    program: Program,
+    executables: Executables,
+    pipeline: Pipeline,
+    feed: Feed,
+    grid_prompts: list[str],
+    workdir: Path,
+) -> Params:
     """Train to the last step; returns the trained parameters (their moving average where one is kept)."""
     config = program.config
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(json.loads(config.to_json()), workdir / CONFIG_FILE)
     frozen = Frozen(
         pipeline.unet.params,
-        unconditional(pipeline, 1, program.image_size, config.negative_prompt),
+        jax.device_put(
+            unconditional(pipeline, 1, program.image_size, config.negative_prompt),
+            jax.tree.map(lambda a: a.sharding, program.frozen.unconditional),
+        ),
         program.auxiliary.placed(program.frozen.auxiliary, pipeline.vae),
     )
     viewer = Viewer(program, pipeline, grid_prompts)
 
     state = loop.run(
         program.init_state(starting_weights(program, pipeline)),
-        lambda state, fed: fed.stage.step(state, frozen, fed.batch),
+        lambda state, fed: executables[fed.stage.step](state, frozen, fed.batch),
         feed,
         config,
         workdir,

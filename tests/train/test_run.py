@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,7 +126,8 @@ def test_a_run_says_what_it_does_and_leaves_all_its_files(finished):
     lines = out.splitlines()
     assert [line.split()[0] for line in lines[:6]] == ["teacher", "training", "devices", "images", "stage", "memory"]
     assert "1 x cpu, mesh data 1 x fsdp 1 x tensor 1" in out and "32 x 32 px" in out
-    assert lines[6:] == [f"The student is in {workdir / 'export'}, its pictures are in {workdir / 'samples'}."]
+    assert lines[6].startswith("  compiled  stage 1 after ") and lines[6].endswith(" temporaries)")
+    assert lines[7:] == [f"The student is in {workdir / 'export'}, its pictures are in {workdir / 'samples'}."]
     bar = err.replace("\r", "\n").strip().splitlines()
     assert f"{NUM_STEPS}/{NUM_STEPS}" in bar[-1] and "loss=" in bar[-1] and "examples_per_s=" in bar[-1]
     assert all("step" in line for line in bar if line.strip()), "nothing but the progress bar is on stderr"
@@ -163,6 +165,16 @@ def test_killed_and_preempted_runs_go_on_as_if_nothing_had_happened(programs, fi
     assert losses(workdir) == losses(finished[0])  # every step once, and to the bit
     for name in ("unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"):
         assert (workdir / "export" / name).read_bytes() == (finished[0] / "export" / name).read_bytes()
+
+
+def test_steps_are_compiled_without_weights_and_nothing_is_trained(programs):
+    bare = programs.folder / "bare"
+    shutil.copytree(programs.teacher, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    workdir = programs.folder / "not_started"
+    settings = {"teacher": bare, "stages": '({"start": 6, "num_segments": 2},)'}
+    out, _ = programs.run("train", *programs.train_args(workdir, **settings), "--compile_only")
+    assert "compiled  stages 1, 2 after " in out.splitlines()[-1], "one program serves both"
+    assert not workdir.exists()
 
 
 def test_other_settings_in_the_same_workdir_are_refused(programs, finished):
