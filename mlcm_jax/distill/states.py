@@ -53,13 +53,15 @@ class Rows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What a source may call. teacher_x0: guided. student_x0: without gradient. key: of this step's timesteps."""
+    """What a source may call. teacher_x0: guided. student_x0: without gradient. timestep_key: of this step's timesteps.
+    sample_key: of the noise that the student's own samples start from."""
 
     schedule: Schedule
     config: ConfigDict
     teacher_x0: PredictX0
     student_x0: PredictX0
-    key: Key[Array, ""]
+    timestep_key: Key[Array, ""]
+    sample_key: Key[Array, ""]
 
     def segment(self, jumps: Int[Array, " n"]) -> Int[Array, " n"]:
         """Where a state lies after that many jumps."""
@@ -69,7 +71,7 @@ class Source:
         """t_m in each row's segment: anywhere, or at its upper edge."""
         if self.config.timesteps == "milestones":
             return segments.segment_edges(segment, num_segments)[0]
-        return segments.draw_timesteps(self.key, segment, num_segments)
+        return segments.draw_timesteps(self.timestep_key, segment, num_segments)
 
     def short_step(self, rows: Rows, t_m: Timesteps) -> tuple[Timesteps, Timesteps]:
         """t_n and the edge for states in the rows' segments."""
@@ -143,7 +145,7 @@ def student(source: Source, rows: Rows, pool: Pool | None) -> tuple[States, Pool
     """Noised samples that the student draws in ``student_steps`` steps from other noise."""
     num_steps = source.config.student_steps
     times = jnp.broadcast_to(segments.edges(num_steps)[:, None], (num_steps + 1, *rows.jumps.shape))
-    start = jax.random.normal(jax.random.fold_in(source.key, 1), rows.noise.shape)
+    start = jax.random.normal(source.sample_key, rows.noise.shape)
     _, sample = walk(source.student_x0, source.schedule, start, times, num_steps - 1)
     return _noised(source, rows, sample), pool
 

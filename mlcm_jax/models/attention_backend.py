@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +9,13 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from mlcm_jax.errors import UserError
+from mlcm_jax.models import cudnn_attention
 from mlcm_jax.sharding import BATCH_AXES
 
 # implementation: the platform that it needs
 PLATFORMS = {"xla": None, "cudnn": "gpu", "flash": "tpu"}
 BACKENDS = ("auto", *PLATFORMS)
 
-CUDNN_DTYPES = (jnp.bfloat16, jnp.float16)
-CUDNN_MAX_HEAD_DIM = 128  # in both directions, on all GPUs since Ampere
 FLASH_MIN_TOKENS = 1024  # below, and for the 77 tokens of a prompt, the scores are small and padding costs more
 LANES = 128  # of a TPU's vector registers: keys, queries and wide heads are padded to multiples of it
 FLASH_BLOCKS = (512, 256, 128)  # rows of queries and of keys that the kernel holds at a time, the largest that divides
@@ -47,12 +45,16 @@ class AttentionBackend:
         return self.platform or jax.default_backend()
 
     def choose(self, tokens: int, keys: int, head_dim: int, dtype) -> str:
-        """The implementation for a call of these sizes. Raises UserError where the one that is asked for has none."""
-        cudnn_can = dtype in CUDNN_DTYPES and head_dim % 8 == 0 and head_dim <= CUDNN_MAX_HEAD_DIM
+        """The implementation for a call of these sizes, one that has a gradient.
+
+        Raises UserError where the one that is asked for has none.
+        """
+        cudnn_can = cudnn_attention.supports(head_dim, dtype)
         if self.name == "cudnn" and not cudnn_can:
             raise UserError(
                 f"attention=cudnn cannot compute heads of {head_dim} channels in {jnp.dtype(dtype).name}: it needs "
-                f"bfloat16 or float16 and a multiple of 8 up to {CUDNN_MAX_HEAD_DIM}; use auto."
+                f"bfloat16 or float16 and a multiple of {cudnn_attention.HEAD_DIM_MULTIPLE} up to "
+                f"{cudnn_attention.MAX_HEAD_DIM}; use auto."
             )
         if self.name != "auto":
             return self.name
@@ -76,17 +78,19 @@ def dot_product_attention(
 ) -> Float[Array, "n t d"]:
     """Multi-head attention on merged heads, scaled by 1 / sqrt(channels of a head); the softmax runs in float32.
 
-    mask: true where attention may go; not for the TPU kernel.
+    mask: true where attention may go; for "xla" alone.
     Raises UserError for sizes that the backend does not have.
     """
     q_heads, k_heads, v_heads = (a.reshape(*a.shape[:2], heads, -1) for a in (q, k, v))
-    chosen: Any = backend.choose(q.shape[1], k.shape[1], q_heads.shape[-1], q.dtype)
+    chosen = backend.choose(q.shape[1], k.shape[1], q_heads.shape[-1], q.dtype)
+    if chosen != "xla" and mask is not None:
+        raise ValueError(f"attention={chosen} takes no mask")
     if chosen == "flash":
-        if mask is not None:
-            raise ValueError("the flash kernel takes no mask")
         out = _flash_on_mesh(q_heads, k_heads, v_heads, backend.mesh)
+    elif chosen == "cudnn":
+        out = cudnn_attention.cudnn_attention(q_heads, k_heads, v_heads)
     else:
-        out = jax.nn.dot_product_attention(q_heads, k_heads, v_heads, mask=mask, implementation=chosen)
+        out = jax.nn.dot_product_attention(q_heads, k_heads, v_heads, mask=mask, implementation="xla")
     return out.reshape(q.shape)
 
 

@@ -155,7 +155,7 @@ class UNet2DConditionModel(nn.Module):
         conditioning: TextConditioning,
         timestep_cond: Float[Array, "n e"] | None = None,
     ) -> Float[Array, "n h w o"]:
-        """Prediction for scaled latents at ``timesteps`` 0..999 (int or float, [n]).
+        """Prediction for scaled latents at ``timesteps`` 0..999 (int or float, [n]), float32.
 
         timestep_cond: embedding of the guidance scale, for students with ``time_cond_proj_dim``.
         """
@@ -173,8 +173,9 @@ class UNet2DConditionModel(nn.Module):
             block = UpBlock(*self._stage_args(last - i, depths), upsample=i < last, name=f"up_blocks_{i}")
             x = block(x, temb, context, states[-len(depths) :])
             states = states[: -len(depths)]
-        x = jax.nn.silu(GroupNorm(cfg.norm_num_groups, cfg.norm_eps, self.dtype, name="conv_norm_out")(x))
-        return Conv(cfg.out_channels, dtype=self.dtype, name="conv_out")(x)
+        # In float32 whatever the rest is: guidance multiplies the last rounding by w, and x0 by sigma / alpha.
+        x = jax.nn.silu(GroupNorm(cfg.norm_num_groups, cfg.norm_eps, jnp.float32, name="conv_norm_out")(x))
+        return Conv(cfg.out_channels, dtype=jnp.float32, name="conv_out")(x)
 
     def _stage_args(self, level: int, depths: Depths) -> tuple:
         cfg = self.config

@@ -92,8 +92,8 @@ def make_train_step(
             output = setting.student_output(student_variables(params, frozen.teacher, config), z, t, told)
             return predict_x0_eps(schedule, output, z, t).x0
 
-        key = rng.stream(batch.seed, "timesteps", state.step)
-        source = Source(schedule, config, partial(teacher_x0, told), partial(student_x0, state.params, told), key)
+        keys = (rng.stream(batch.seed, name, state.step) for name in ("timesteps", "student_samples"))
+        source = Source(schedule, config, partial(teacher_x0, told), partial(student_x0, state.params, told), *keys)
         rows = Rows(batch.jumps, batch.num_segments, constrain(noise), batch.latents)
         (z_m, t_m, z_n, t_n, edge, clean), pool = draw_states(source, rows, state.pool)
 

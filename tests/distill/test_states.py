@@ -30,7 +30,7 @@ TOP = LAST_TIMESTEP
 def source(step=0, **settings):
     config = base()
     config.update({"skip": 20, **settings})
-    return Source(SCHEDULE, config, TEACHER.x0, STUDENT.x0, jax.random.key(step))
+    return Source(SCHEDULE, config, TEACHER.x0, STUDENT.x0, jax.random.key(step), jax.random.key(step + 500))
 
 
 def rows(jumps, num_segments, seed=0, latents=None):
@@ -91,6 +91,20 @@ def test_student_states_are_noised_samples_of_the_student():
     assert abs(float(jnp.corrcoef(sample.ravel(), given.noise.ravel())[0, 1])) < 0.1, "other noise than the sample's"
 
 
+def test_student_samples_and_timesteps_have_random_numbers_of_their_own():
+    given, asked = rows([2] * 4, 4), source(states="student")
+    (states, _), (other, _) = (
+        SOURCES["student"](dataclasses.replace(asked, sample_key=jax.random.key(k)), given, None) for k in (1, 2)
+    )
+    np.testing.assert_array_equal(states.t_m, other.t_m)
+    assert float(jnp.abs(states.clean - other.clean).min()) > 0
+    again, _ = SOURCES["student"](
+        dataclasses.replace(asked, sample_key=jax.random.key(1), timestep_key=jax.random.key(9)), given, None
+    )
+    np.testing.assert_array_equal(states.clean, again.clean)
+    assert (states.t_m != again.t_m).any()
+
+
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
 def test_a_streamed_trajectory_is_one_of_the_teachers(solver):
     """Noise first, then one state a segment, each one solver jump from the one before."""
@@ -148,7 +162,9 @@ def test_streamed_states_converge_to_the_exact_flow_when_segments_are_many():
     def error(num_segments):
         pool, given = empty_pool(4, LATENT_SHAPE), None
         run = jax.jit(
-            lambda step, rows, pool: streaming(dataclasses.replace(source(), key=jax.random.key(step)), rows, pool)
+            lambda step, rows, pool: streaming(
+                dataclasses.replace(source(), timestep_key=jax.random.key(step)), rows, pool
+            )
         )
         for step in range(num_segments + 1):
             given = rows([step] * 4, num_segments)
