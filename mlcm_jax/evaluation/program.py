@@ -13,8 +13,8 @@ from mlcm_jax.errors import UserError
 from mlcm_jax.evaluation.clip_features import image_features, load_scorer_once
 from mlcm_jax.evaluation.diversity import diversity
 from mlcm_jax.evaluation.drawing import Artist, Drawn, check_samplers, pixels
-from mlcm_jax.evaluation.extractors import EXTRACTORS
-from mlcm_jax.evaluation.measure import FeatureSets, Judges, Reference, figures, joined, look, mean_figure
+from mlcm_jax.evaluation.extractors import EXTRACTORS, Extractor
+from mlcm_jax.evaluation.measure import Judges, Measured, Reference, figures, look, mean_figure
 from mlcm_jax.evaluation.precision_recall import NEIGHBOURS
 from mlcm_jax.evaluation.provenance import provenance
 from mlcm_jax.evaluation.real_pictures import RealPictures
@@ -62,11 +62,11 @@ def evaluate(settings: Settings, out: Path) -> str:
     judges = load_judges(settings)
     pipelines = load_pipelines(settings)
     check_samplers(pipelines, steps, settings.reference_steps)
-    data = data_features(settings, judges, pixels(pipelines["model"]))
+    data = measured_data(settings, judges, pixels(pipelines["model"]))
     artists = make_artists(settings, pipelines, prompts)
     rows, reference = measure_all(settings, steps, prompts, judges, artists, data)
     about = provenance() | {"settings": dataclasses.asdict(settings)}
-    return write_report(rows, reference, about, out)
+    return write_report(rows, reference, described_networks(settings, judges, data), about, out)
 
 
 def step_counts(steps: Sequence[str]) -> list[int]:
@@ -89,14 +89,29 @@ def chosen_prompts(settings: Settings) -> list[str]:
 
 
 def load_judges(settings: Settings) -> Judges:
-    """The CLIP of --scorer, and what --scorers and --features name."""
+    """The CLIP of --scorer, what --scorers name and, in the order of ``EXTRACTORS``, what --features name."""
     scorers = {"clip": settings.scorer} | parse_places("scorers", settings.scorers, list(SCORERS))
     features = parse_places("features", settings.features, list(EXTRACTORS)) or {"clip": settings.scorer}
+    kinds = list(EXTRACTORS)
+    in_order = sorted(features.items(), key=lambda entry: kinds.index(kind_of(entry[0])))
     return Judges(
         clip=load_scorer_once(settings.scorer),
         scores={name: SCORERS[kind_of(name)](place) for name, place in scorers.items()},
-        extractors={name: EXTRACTORS[kind_of(name)](place) for name, place in features.items()},
+        extractors={name: Extractor.read(kind_of(name), place) for name, place in in_order},
     )
+
+
+def described_networks(settings: Settings, judges: Judges, data: Measured | None) -> dict[str, str]:
+    """What the networks of the report are, by the names that their figures have."""
+    sizes = {"data": next(map(len, data.pixels.values()))} if data else {}
+    sizes |= {"baseline": settings.num_images} if settings.baseline else {}
+    found = {name: extractor.described(sizes) for name, extractor in judges.extractors.items()}
+    if data:
+        found["pixels"] = "no network; the mean over the pictures as a part of the real pictures' mean"
+    places = {"clip": settings.scorer} | parse_places("scorers", settings.scorers, list(SCORERS))
+    text_only = " (how well picture and prompt agree, not how good the picture looks)"
+    found |= {f"{name}_score": place + text_only * (kind_of(name) == "clip") for name, place in places.items()}
+    return found | {"perceptual distance, diversity": f"the image tower of {settings.scorer}"}
 
 
 def load_pipelines(settings: Settings) -> dict[str, Pipeline]:
@@ -125,8 +140,8 @@ def make_artists(settings: Settings, pipelines: dict[str, Pipeline], prompts: li
     return artists
 
 
-def data_features(settings: Settings, judges: Judges, side: int) -> FeatureSets | None:
-    """Features of the real pictures, at the size of those that are drawn; None without --data."""
+def measured_data(settings: Settings, judges: Judges, side: int) -> Measured | None:
+    """The real pictures, at the size of those that are drawn; None without --data."""
     if settings.data is None:
         return None
     real, needed = RealPictures(settings.data, side), NEIGHBOURS + 1
@@ -135,19 +150,17 @@ def data_features(settings: Settings, judges: Judges, side: int) -> FeatureSets 
     if len(real) < needed:
         raise UserError(f"--data={settings.data} has {len(real)} pictures: give {needed} or more.")
     n = needed if settings.data_matches_prompts else len(real)
-    return joined([judges.features(images) for images in real.batches(settings.batch_size, n)])
+    return judges.measure(real.batches(settings.batch_size, n))
 
 
 class Bench:
     """Draws and measures one sampler after another; the reference, where there is one, comes first."""
 
-    def __init__(
-        self, settings: Settings, prompts: list[str], judges: Judges, data: FeatureSets | None, progress: tqdm
-    ):
+    def __init__(self, settings: Settings, prompts: list[str], judges: Judges, data: Measured | None, progress: tqdm):
         self._settings, self._prompts, self._judges, self._data = settings, prompts, judges, data
         self._progress = progress
         self._reference: Reference | None = None
-        self._reference_features: FeatureSets | None = None
+        self._reference_measured: Measured | None = None
 
     def measure(self, artist: Artist, num_steps: int, *, as_reference: bool = False) -> Row:
         """A row of the report; with ``as_reference``, later rows are compared with these pictures."""
@@ -158,11 +171,12 @@ class Bench:
             self._reference = Reference.of(batches)
         seen = look(batches, self._prompts, self._judges, self._reference, num_examples=NUM_EXAMPLES)
         if as_reference:
-            self._reference_features = seen.features
+            self._reference_measured = seen.measured
         found = figures(
             seen,
             self._data,
-            self._reference_features,
+            self._reference_measured,
+            self._judges.extractors,
             data_matches_prompts=self._settings.data_matches_prompts,
             num_resamples=self._settings.resamples,
         )
@@ -194,7 +208,7 @@ def measure_all(
     prompts: list[str],
     judges: Judges,
     artists: dict[str, Artist],
-    data: FeatureSets | None,
+    data: Measured | None,
 ) -> tuple[list[Row], Row | None]:
     """A row for each sampler, and the reference's own: the baseline at --reference_steps."""
     samplers = [(name, n) for name in artists for n in steps]

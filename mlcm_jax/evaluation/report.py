@@ -17,7 +17,7 @@ THUMBNAIL = 256  # pixels; larger pictures are made smaller for the grid
 
 
 class Metric(NamedTuple):
-    """How a metric is shown. better: "higher" or "lower"."""
+    """How a metric is shown. better: "higher", "lower" or "near 1"."""
 
     title: str
     better: str
@@ -34,6 +34,8 @@ METRICS = {
     "kernel_distance": Metric("kernel distance (KID)", "lower", 4),
     "precision": Metric("precision", "higher", 3),
     "recall": Metric("recall", "higher", 3),
+    "high_frequency_energy": Metric("high-frequency energy", "near 1", 3),
+    "background_noise": Metric("background noise", "near 1", 3),
 }
 PAIRWISE = ("latent_mse", "perceptual_distance")  # with the baseline's long result, picture by picture
 
@@ -77,11 +79,14 @@ def relative(row: Row, reference: Row) -> dict[str, Figure]:
     return {key: row.figures[key].over(figure) for key, figure in positive.items()}
 
 
-def markdown(rows: Sequence[Row], reference: Row | None) -> str:
-    """A table for each thing that is compared with; the last one holds the ratios to the reference."""
+def markdown(rows: Sequence[Row], reference: Row | None, networks: Mapping[str, str]) -> str:
+    """A table for each thing that is compared with, then the ratios to the reference, then what the networks are.
+
+    networks: by the name that figures have in the tables, what each one is.
+    """
     keys = list(rows[0].figures)
     name = reference.label if reference else ""
-    headings = {"": "The pictures by themselves", "data": "Against the real pictures", "baseline": f"Against {name}"}
+    headings = {"data": "Against the real pictures", "baseline": f"Against {name}", "": "The pictures by themselves"}
     parts = []
     for group, heading in headings.items():
         if chosen := [key for key in keys if against(key) == group]:
@@ -91,7 +96,8 @@ def markdown(rows: Sequence[Row], reference: Row | None) -> str:
         parts.append(
             f"## As parts of the figures of {name}\n\n" + _table(others, chosen, lambda row: relative(row, reference))
         )
-    return "\n".join(parts)
+    notes = [f"- {metric(name).title if name in keys else name}: {what}" for name, what in networks.items()]
+    return "\n".join([*parts, "## Networks\n\n" + "\n".join(notes) + "\n"])
 
 
 def _figures(row: Row) -> dict[str, Figure]:
@@ -99,7 +105,7 @@ def _figures(row: Row) -> dict[str, Figure]:
 
 
 def _table(rows: Sequence[Row], keys: Sequence[str], figures: Callable[[Row], Mapping[str, Figure]]) -> str:
-    arrows = {"higher": "\u2191", "lower": "\u2193"}
+    arrows = {"higher": "\u2191", "lower": "\u2193", "near 1": "\u2192 1"}
     titles = [f"{metric(key).title} {arrows[metric(key).better]}" for key in keys]
     lines = ["| sampler | steps | " + " | ".join(titles) + " |", "|---" * (len(keys) + 2) + "|"]
     for row in rows:
@@ -130,18 +136,21 @@ def _thumbnails(images: UInt8[np.ndarray, "n H W 3"]) -> UInt8[np.ndarray, "n h 
     return np.stack([np.asarray(Image.fromarray(image).resize((THUMBNAIL, THUMBNAIL))) for image in images])
 
 
-def write_report(rows: Sequence[Row], reference: Row | None, about: Mapping[str, Any], out: Path) -> str:
+def write_report(
+    rows: Sequence[Row], reference: Row | None, networks: Mapping[str, str], about: Mapping[str, Any], out: Path
+) -> str:
     """Write all four files to ``out``, and return the tables.
 
-    rows: the model's and the baseline's. reference: the row of the baseline's long result. about: what results.json
-    says beside the figures.
+    rows: the model's and the baseline's. reference: the row of the baseline's long result. networks: as ``markdown``
+    takes them. about: what results.json says beside the figures.
     """
     out.mkdir(parents=True, exist_ok=True)
     keys = list(rows[0].figures)
     metrics = {key: {"title": metric(key).title, "better": metric(key).better, "against": against(key)} for key in keys}
-    settings = {"reference": reference.label if reference else None, "metrics": metrics}
+    settings = {"reference": reference.label if reference else None, "metrics": metrics, "columns": keys}
+    settings["networks"] = dict(networks)
     write_json({**about, **settings, "rows": [_json_row(row, reference) for row in rows]}, out / "results.json")
-    tables = markdown(rows, reference)
+    tables = markdown(rows, reference, networks)
     (out / "results.md").write_text(tables, encoding="utf-8")
     plot_against_steps({_panel(key): _curves(rows, key) for key in keys}, out / "metrics.png")
     grid = labelled_grid({row.label: _thumbnails(row.examples) for row in rows}, blocks=2)

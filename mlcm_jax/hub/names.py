@@ -25,6 +25,7 @@ LISTS = (
     "net",
     "layers",
     "conv",
+    "_blocks",
 )
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 _LIST_ITEM = re.compile(rf"^({'|'.join(LISTS)})_(\d+)$")

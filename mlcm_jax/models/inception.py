@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mlcm_jax.models.layers import FrozenBatchNorm
+
 SIDE = 299  # pixels
 BATCH_NORM_EPS = 1e-3
 
@@ -33,7 +35,7 @@ class BasicConv2d(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "n h w i"]) -> Float[Array, "n h2 w2 o"]:
         x = _Kernel(self.features, self.kernel, self.stride, self.same, self.dtype, name="conv")(x)
-        return jax.nn.relu(_BatchNorm(name="bn")(x)).astype(self.dtype)
+        return jax.nn.relu(FrozenBatchNorm(BATCH_NORM_EPS, name="bn")(x)).astype(self.dtype)
 
 
 class _Kernel(nn.Module):
@@ -52,20 +54,6 @@ class _Kernel(nn.Module):
         return jax.lax.conv_general_dilated(
             x.astype(self.dtype), kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-
-
-class _BatchNorm(nn.Module):
-    """With stored statistics, in float32; they are parameters here, since they come with the weights."""
-
-    @nn.compact
-    def __call__(self, x):
-        size = (x.shape[-1],)
-        scale = self.param("scale", nn.initializers.ones, size).astype(jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, size).astype(jnp.float32)
-        mean = self.param("running_mean", nn.initializers.zeros, size).astype(jnp.float32)
-        variance = self.param("running_var", nn.initializers.ones, size).astype(jnp.float32)
-        scale = scale * jax.lax.rsqrt(variance + BATCH_NORM_EPS)
-        return x.astype(jnp.float32) * scale + (bias - mean * scale)
 
 
 def average_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:

@@ -182,3 +182,19 @@ def upsample_nearest(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
     """Double height and width by repeating each pixel."""
     n, h, w, c = x.shape
     return jnp.broadcast_to(x[:, :, None, :, None, :], (n, h, 2, w, 2, c)).reshape(n, 2 * h, 2 * w, c)
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch normalisation by stored statistics, in float32; they are parameters, since they come with the weights."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+        size = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, size).astype(jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, size).astype(jnp.float32)
+        mean = self.param("running_mean", nn.initializers.zeros, size).astype(jnp.float32)
+        variance = self.param("running_var", nn.initializers.ones, size).astype(jnp.float32)
+        scale = scale * jax.lax.rsqrt(variance + self.epsilon)
+        return x.astype(jnp.float32) * scale + (bias - mean * scale)

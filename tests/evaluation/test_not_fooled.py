@@ -1,7 +1,6 @@
 """The metrics on the emoji teacher's own pictures with the shipped judges: each gets worse when they are spoilt."""
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from mlcm_jax.data.prompts import read_prompts
 from mlcm_jax.evaluation.clip_features import image_features, load_scorer_once
 from mlcm_jax.evaluation.diversity import diversity
 from mlcm_jax.evaluation.drawing import Artist
+from mlcm_jax.evaluation.extractors import Extractor
 from mlcm_jax.evaluation.measure import Figure, Judges, Reference, figures, look, mean_figure
 from mlcm_jax.evaluation.perceptual import perceptual_distance
 from mlcm_jax.evaluation.scorers import load_clip_score
@@ -63,13 +63,13 @@ def test_clip_score(judge, drawn, prompts):
 
 def test_sets(drawn, prompts, scorer):
     """Against pictures of the same prompts from other noise, as a model is measured against real ones."""
-    judges = Judges(scorer, {}, {"clip": partial(image_features, scorer)})
-    real, images = judges.features(drawn["other seed"].images), drawn["few"].images
+    judges = Judges(scorer, {}, {"clip": Extractor.read("clip", str(EMOJI / "scorer"))})
+    real, images = judges.measure([drawn["other seed"].images]), drawn["few"].images
 
     def of(pictures):
         batch = [dataclasses.replace(drawn["few"], images=pictures)]
         seen = look(batch, prompts, judges, None, num_examples=1)
-        found = figures(seen, real, None, data_matches_prompts=True, num_resamples=50)
+        found = figures(seen, real, None, judges.extractors, data_matches_prompts=True, num_resamples=50)
         return {name.partition("/")[0]: figure for name, figure in found.items()}
 
     clean, soft, equal = of(images), of(blurred(images, 4)), of(all_equal(images))
