@@ -4,17 +4,22 @@ from collections import Counter
 
 import numpy as np
 from emoji_dataset.dataset import EmojiSplit
-from jaxtyping import Int
+from jaxtyping import Float, Int
+
+
+def row_weights(data: EmojiSplit) -> Float[np.ndarray, " n"]:
+    """How often each row is drawn, sum 1: every (name, style) counts the same, however many skin tones it comes in."""
+    pictures = list(zip(data["name"], data["style"], strict=True))
+    variants = Counter(pictures)
+    weights = np.array([1.0 / variants[picture] for picture in pictures])
+    return weights / weights.sum()
 
 
 class Batches:
-    """Draws rows so that every (name, style) counts the same, however many skin tones it comes in."""
+    """Draws rows by ``row_weights``."""
 
     def __init__(self, data: EmojiSplit, *, seed: int, batch_size: int):
-        pictures = list(zip(data["name"], data["style"], strict=True))
-        variants = Counter(pictures)
-        weights = np.array([1.0 / variants[picture] for picture in pictures])
-        self._weights = weights / weights.sum()
+        self._weights = row_weights(data)
         self._seed, self._batch_size = seed, batch_size
 
     def indices(self, step: int) -> Int[np.ndarray, " n"]:

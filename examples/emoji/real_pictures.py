@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 from emoji_dataset.dataset import SPLITS, EmojiSplit, load_split
+from emoji_dataset.prompts import rows_of
 
 from mlcm_jax.cli import run_main
 from mlcm_jax.data.prompts import read_prompts
@@ -40,11 +41,7 @@ def captioned(data: EmojiSplit) -> list[int]:
         raise UserError(
             f"--num_images={NUM_IMAGES.value} is more than the {len(prompts)} prompts of {PROMPTS.value}: lower it."
         )
-    places = {caption: i for i, caption in enumerate(data["caption"])}
-    chosen = prompts[: NUM_IMAGES.value]
-    if absent := [prompt for prompt in chosen if prompt not in places]:
-        raise UserError(f"The {SPLIT.value} split has no picture of {absent[0]!r}: choose the other --split.")
-    return [places[prompt] for prompt in chosen]
+    return rows_of(data, prompts[: NUM_IMAGES.value])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""Train the emoji denoiser: python examples/emoji/train_unet.py --data_dir=DIR --teacher=DIR --workdir=DIR --out=DIR.
+"""Train the emoji denoiser, from the pictures or, on a GPU, from the one file that pack.py writes.
 
---teacher holds vae/, text_encoder/, text_encoder_2/, tokenizer/ and tokenizer_2/; --out becomes a whole
-StableDiffusionXLPipeline folder with them.
+python examples/emoji/train_unet.py --data_dir=DIR --teacher=DIR --workdir=DIR --out=DIR
+python examples/emoji/train_unet.py --packed=FILE --minutes=7 --out=DIR
+
+--teacher holds vae/, text_encoder/, text_encoder_2/, tokenizer/ and tokenizer_2/. From pictures --out becomes a whole
+StableDiffusionXLPipeline folder with them; from a packed file it gets unet/ alone, and figures.
 """
 
 import dataclasses
@@ -11,83 +14,51 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from batches import Batches
-from emoji_dataset.dataset import load_split
-from recipe import IMAGE_SIZE, MODEL_INDEX, SCHEDULER_CONFIG, UNET, UNET_CONFIG, config_flag
+from denoiser import GRID_PROMPTS, GRID_STEPS, encode_images, load_parts, make_loss
+from ml_collections import ConfigDict
+from packed import fingerprint, load_packed
+from packed_figures import measure, with_weights
+from recipe import IMAGE_SIZE, SCHEDULER_CONFIG, UNET, UNET_CONFIG, UNET_PACKED, config_flag
+from train_packed import train_packed
 from training import start
 
 from mlcm_jax.cli import run_main
 from mlcm_jax.conditioning import encode_prompts, unconditional
 from mlcm_jax.data.prompts import read_prompts
-from mlcm_jax.diffusion.parameterization import add_noise
-from mlcm_jax.diffusion.schedule import Schedule, alpha_sigma
+from mlcm_jax.diffusion.schedule import Schedule
 from mlcm_jax.errors import UserError
-from mlcm_jax.generate import decode, encode, sample_latents
-from mlcm_jax.hub.pipeline import Network, Pipeline, load_network, load_tokenizer, network_shapes, save_pipeline
+from mlcm_jax.evaluation.extractors import EXTRACTORS
+from mlcm_jax.evaluation.scorers import SCORERS, parse_places
+from mlcm_jax.generate import decode, sample_latents
+from mlcm_jax.hub.pipeline import Network, Pipeline, save_pipeline
 from mlcm_jax.images import image_grid
-from mlcm_jax.models.unet import UNet2DConditionModel
+from mlcm_jax.models.attention_backend import XLA
 from mlcm_jax.train import rng
 from mlcm_jax.train.loop import run
 from mlcm_jax.types import TextConditioning
 
-DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder that build_data.py wrote.", required=True)
-TEACHER = flags.DEFINE_string("teacher", None, "Folder with the other parts of the pipeline.", required=True)
-WORKDIR = flags.DEFINE_string("workdir", "runs/emoji_unet", "Checkpoints, samples and metrics.")
-OUT = flags.DEFINE_string("out", None, "Folder for the finished pipeline.", required=True)
+HERE = Path(__file__).resolve().parent
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder that build_data.py wrote.")
+PACKED = flags.DEFINE_string("packed", None, "Instead of --data_dir: the file that pack.py wrote.")
+TEACHER = flags.DEFINE_string("teacher", str(HERE / "teacher"), "Folder with the other parts of the pipeline.")
+WORKDIR = flags.DEFINE_string("workdir", "runs/emoji_unet", "Checkpoints, samples and metrics, from pictures.")
+OUT = flags.DEFINE_string("out", None, "Folder for the finished pipeline, or UNet and figures.", required=True)
 CONFIG = config_flag(UNET)
 
-CAPTION_DROPOUT = 0.1
-MIN_SNR_GAMMA = 5.0
-GRID_PROMPTS = Path(__file__).parent / "prompts" / "grid.txt"
-GRID_GUIDANCE, GRID_STEPS = 5.0, 25
+# These are of --packed.
+MINUTES = flags.DEFINE_float("minutes", 7.0, "Time to train for, after compilation.", lower_bound=0.01)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", UNET_PACKED.batch_size, "Examples a step.", lower_bound=1)
+LEARNING_RATE = flags.DEFINE_float("learning_rate", UNET_PACKED.learning_rate, "Its highest value.")
+STEPS_PER_CALL = flags.DEFINE_integer("steps_per_call", UNET_PACKED.steps_per_call, "In one program.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", UNET_PACKED.seed, "Of the weights, the batches and the noise.")
+DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the arithmetic; weights are float32.")
+NUM_IMAGES = flags.DEFINE_integer("num_images", 512, "Samples that are measured; 0: the grid alone.", lower_bound=0)
+SCORERS_FLAG = flags.DEFINE_list(
+    "scorers", [f"clip={HERE / 'scorer'}", f"clip-guard={HERE / 'guard'}"], "NAME=PLACE,... of CLIP scores."
+)
+FEATURES = flags.DEFINE_list("features", [f"clip={HERE / 'scorer'}"], "NAME=PLACE,... of Frechet distances.")
 
-
-def make_loss(unet: UNet2DConditionModel, schedule: Schedule):
-    """Noise prediction with min-SNR weights (arXiv 2303.09556), timesteps stratified over the batch."""
-
-    def loss_fn(params, batch, key):
-        latents, conditioning = batch
-        n = latents.shape[0]
-        t_key, noise_key, drop_key, offset_key = jax.random.split(key, 4)
-        offset = jax.random.uniform(offset_key, (n,))
-        t = (1000 * (jax.random.permutation(t_key, n) + offset) / n).astype(jnp.int32)
-        noise = jax.random.normal(noise_key, latents.shape)
-        keep = jax.random.bernoulli(drop_key, 1 - CAPTION_DROPOUT, (n,))
-        conditioning = conditioning.replace(
-            hidden_states=conditioning.hidden_states * keep[:, None, None], pooled=conditioning.pooled * keep[:, None]
-        )
-        eps = unet.apply({"params": params}, add_noise(schedule, latents, noise, t), t, conditioning)
-        error = jnp.square(eps - noise).mean(axis=(1, 2, 3))
-        alpha, sigma = alpha_sigma(schedule, t)
-        weight = jnp.minimum(1.0, MIN_SNR_GAMMA * jnp.square(sigma / alpha))[:, 0, 0, 0]
-        return (weight * error).mean(), {"mse": error.mean()}
-
-    return loss_fn
-
-
-def encode_images(vae: Network, images: np.ndarray) -> np.ndarray:
-    """Scaled latents of uint8 images, 64 at a time."""
-    padded = np.concatenate([images, images[: -len(images) % 64]])
-    return np.concatenate([encode(vae, chunk) for chunk in np.split(padded, len(padded) // 64)])[: len(images)]
-
-
-def load_parts(folder: Path) -> Pipeline:
-    """The pipeline with a UNet yet to be trained."""
-    unet = UNet2DConditionModel.from_config(UNET_CONFIG)
-    shapes = network_shapes(unet, UNET_CONFIG)
-    parts = {
-        part: load_network(folder / part, MODEL_INDEX[part][1], param_dtype=jnp.float32)
-        for part in ("vae", "text_encoder", "text_encoder_2")
-    }
-    return Pipeline(
-        unet=Network(unet, shapes, UNET_CONFIG),
-        vae=parts["vae"],
-        text_encoders=(parts["text_encoder"], parts["text_encoder_2"]),
-        tokenizers=tuple(load_tokenizer(folder / t, "CLIPTokenizer") for t in ("tokenizer", "tokenizer_2")),
-        scheduler_config=SCHEDULER_CONFIG,
-        model_index=MODEL_INDEX,
-        folder=folder,
-    )
+GRID_GUIDANCE = 5.0
 
 
 def make_sampler(pipeline: Pipeline, seed: int):
@@ -114,10 +85,12 @@ def make_sampler(pipeline: Pipeline, seed: int):
     return images
 
 
-def main():
-    config, out = CONFIG.value, Path(OUT.value)
-    if out.resolve() == Path(TEACHER.value).resolve():
-        raise UserError(f"--out={out} is --teacher: choose another folder to write to.")
+def from_pictures(config: ConfigDict, out: Path):
+    """Train as recipe.UNET says, resumable; write a whole pipeline."""
+    # A machine that trains from a packed file need not have what reads the pictures.
+    from batches import Batches
+    from emoji_dataset.dataset import load_split
+
     pipeline = load_parts(Path(TEACHER.value))
     data = load_split(DATA_DIR.value, "train")
     batches = Batches(data, seed=config.seed, batch_size=config.batch_size)
@@ -137,6 +110,40 @@ def main():
     state = run(state, step, batch, config, Path(WORKDIR.value), sample_fn=lambda s: images(s.ema))
     finished = Network(module, state.ema, UNET_CONFIG)
     save_pipeline(dataclasses.replace(pipeline, unet=finished), out, dtype=jnp.float16)
+
+
+def from_packed(out: Path):
+    """Train as recipe.UNET_PACKED and the flags say, by the clock; write the UNet, a grid and figures."""
+    config = UNET_PACKED.copy_and_resolve_references()
+    config.update(
+        batch_size=BATCH_SIZE.value,
+        learning_rate=LEARNING_RATE.value,
+        steps_per_call=STEPS_PER_CALL.value,
+        seed=SEED.value,
+    )
+    scorers = parse_places("scorers", SCORERS_FLAG.value, list(SCORERS))
+    features = parse_places("features", FEATURES.value, list(EXTRACTORS))
+    packed, teacher = load_packed(Path(PACKED.value)), Path(TEACHER.value)
+    if packed.vae != fingerprint(teacher / "vae"):
+        raise UserError(f"{PACKED.value} is of another autoencoder than {teacher / 'vae'}: pack again with --teacher.")
+    if NUM_IMAGES.value > len(packed.real_captions):
+        raise UserError(f"--num_images={NUM_IMAGES.value}: {PACKED.value} has {len(packed.real_captions)}; lower it.")
+    # The sequences are short: 64 positions at most. XLA's attention is exact in any size and has a gradient everywhere.
+    pipeline = load_parts(teacher, attention=XLA, dtype=jnp.dtype(DTYPE.value))
+    finished = with_weights(pipeline, train_packed(pipeline, packed, config, out, MINUTES.value))
+    measure(finished, packed, out, num_images=NUM_IMAGES.value, scorers=scorers, features=features)
+
+
+def main():
+    out = Path(OUT.value)
+    if out.resolve() == Path(TEACHER.value).resolve():
+        raise UserError(f"--out={out} is --teacher: choose another folder to write to.")
+    if bool(DATA_DIR.value) == bool(PACKED.value):
+        raise UserError("Give either --data_dir, to train from pictures, or --packed, to train on a GPU.")
+    if PACKED.value:
+        from_packed(out)
+    else:
+        from_pictures(CONFIG.value, out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the three trainings share: one update with a moving average."""
+"""What the trainings share: one update with a moving average."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,14 +24,26 @@ def start(params: Params, loss_fn: LossFn, config: ConfigDict):
 
     @jax.jit
     def step(state: TrainState, batch):
-        key = rng.stream(config.seed, "loss", state.step)
-        (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(config.ema_decay, (state.step + 1.0) / (state.step + 10.0))
-        return TrainState(state.step + 1, params, opt_state, update_ema(state.ema, params, decay)), {
-            "loss": loss,
-            **aux,
-        }
+        return update(state, batch, loss_fn, optimizer, seed=config.seed, ema_decay=decay)
 
     return create(params, optimizer, with_ema=True), step
+
+
+def update(
+    state: TrainState,
+    batch: Any,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    ema_decay: Float[Array, ""],
+    scale: float | Float[Array, ""] = 1.0,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step of ``optimizer``; ``scale`` multiplies it: the learning rate, where the optimizer's own is 1."""
+    key = rng.stream(seed, "loss", state.step)
+    (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, key)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, jax.tree.map(lambda u: scale * u, updates))
+    ema = update_ema(state.ema, params, ema_decay)
+    return TrainState(state.step + 1, params, opt_state, ema), {"loss": loss, **aux}

@@ -1,7 +1,7 @@
 """The caption files: what is distilled on, what is evaluated on, and what the sample grids show."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mlcm_jax.errors import UserError
@@ -17,6 +17,18 @@ def plain_captions(split: EmojiSplit) -> list[str]:
     """The captions without a skin tone, sorted."""
     rows = zip(split["caption"], split["skin_tone"], strict=True)
     return sorted(caption for caption, skin_tone in rows if not skin_tone)
+
+
+def rows_of(split: EmojiSplit, captions: Sequence[str]) -> list[int]:
+    """Where the split has the pictures of these captions.
+
+    Raises:
+        UserError: it has none of one of them.
+    """
+    places = {caption: i for i, caption in enumerate(split["caption"])}
+    if absent := [caption for caption in captions if caption not in places]:
+        raise UserError(f"This split has no picture of {absent[0]!r}: choose the other --split or other --prompts.")
+    return [places[caption] for caption in captions]
 
 
 def write_prompts(train: EmojiSplit, folder: Path) -> None:

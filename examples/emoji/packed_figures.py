@@ -1,0 +1,97 @@
+"""What a finished denoiser is measured by: a grid of samples, CLIP score and Frechet distance."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from denoiser import GRID_PROMPTS, GRID_STEPS
+from jaxtyping import UInt8
+from packed import Packed
+from PIL import Image
+from recipe import IMAGE_SIZE
+
+from mlcm_jax.conditioning import encode_prompts, unconditional
+from mlcm_jax.data.prompts import read_prompts
+from mlcm_jax.evaluation.extractors import EXTRACTORS
+from mlcm_jax.evaluation.frechet import frechet_distance
+from mlcm_jax.evaluation.judge import chunks
+from mlcm_jax.evaluation.measure import mean_figure
+from mlcm_jax.evaluation.provenance import provenance
+from mlcm_jax.evaluation.scorers import SCORERS, kind_of
+from mlcm_jax.generate import decode, draw_noise, sample_latents
+from mlcm_jax.hub.pipeline import Pipeline
+from mlcm_jax.hub.save import write_json
+from mlcm_jax.images import image_grid
+
+GUIDANCE_SCALES = (3.0, 5.0)
+CHUNK = 128  # samples that are drawn at a time
+SEED = 0  # launch/evaluate.py's, so that both draw the same pictures
+
+
+def draw(pipeline: Pipeline, prompts: Sequence[str], guidance_scale: float) -> UInt8[np.ndarray, "n H W 3"]:
+    """A picture of each prompt in 25 steps, float32; picture i has the noise that launch/evaluate.py gives it."""
+    side, channels = pipeline.unet.config["sample_size"], pipeline.unet.config["in_channels"]
+    noise = draw_noise(SEED, len(prompts), (side, side, channels))
+    text = encode_prompts(pipeline, prompts, IMAGE_SIZE)
+    empty = unconditional(pipeline, min(CHUNK, len(prompts)), IMAGE_SIZE)
+    images = []
+    for rows in chunks(len(prompts), CHUNK):
+        conditioning = jax.tree.map(lambda a, rows=rows: a[rows], text)
+        latents = sample_latents(
+            pipeline.unet,
+            pipeline.scheduler_config,
+            noise[rows],
+            conditioning,
+            empty,
+            guidance_scale=guidance_scale,
+            num_steps=GRID_STEPS,
+        )
+        images.append(decode(pipeline.vae, latents))
+    return np.concatenate(images)[: len(prompts)]
+
+
+def measure(
+    pipeline: Pipeline, packed: Packed, out: Path, *, num_images: int, scorers: dict[str, str], features: dict[str, str]
+) -> None:
+    """Write OUT/grid.png, the grid's prompts at both guidance scales, and OUT/figures.json.
+
+    num_images: captions of the packed real pictures that are drawn and compared, the first ones; 0: the grid alone.
+    scorers, features: {name: folder}, as launch/evaluate.py takes them.
+    """
+    begin = time.perf_counter()
+    grid_prompts, captions = read_prompts(GRID_PROMPTS), packed.real_captions[:num_images]
+    judges = {name: SCORERS[kind_of(name)](place) for name, place in scorers.items()} if captions else {}
+    extractors = {name: EXTRACTORS[kind_of(name)](place) for name, place in features.items()} if captions else {}
+    real = {name: extract(packed.real[:num_images]) for name, extract in extractors.items()}
+    grids, rows = [], []
+    for guidance_scale in GUIDANCE_SCALES:
+        images = draw(pipeline, [*captions, *grid_prompts], guidance_scale)
+        drawn = images[: len(captions)]
+        grids.append(image_grid(images[len(captions) :], columns=8))
+        row = {f"{name}_score": summary(judge(drawn, captions)) for name, judge in judges.items()}
+        row |= {f"frechet_distance/{name}": frechet_distance(f(drawn), real[name]) for name, f in extractors.items()}
+        rows.append({"guidance_scale": guidance_scale, "images": len(captions), "steps": GRID_STEPS, **row})
+        print(json.dumps(rows[-1]), flush=True)
+    Image.fromarray(image_grid(np.stack(grids), columns=1, gap=8)).save(out / "grid.png")
+    seconds = round(time.perf_counter() - begin, 1)
+    write_json({**provenance(), "figures": rows, "seconds": seconds}, out / "figures.json")
+
+
+def summary(scores: np.ndarray) -> dict[str, float | list[float]]:
+    """Mean and its 95 % bootstrap interval."""
+    figure = mean_figure(scores)
+    return {"mean": figure.value, "interval": list(figure.interval)}
+
+
+def with_weights(pipeline: Pipeline, params: dict) -> Pipeline:
+    """The pipeline with trained weights, computing in float32 from what float16 keeps of them, as they are stored."""
+    stored = jax.tree.map(lambda p: p.astype(np.float16).astype(np.float32), jax.device_get(params))
+    unet = dataclasses.replace(
+        pipeline.unet, module=pipeline.unet.module.clone(dtype=jnp.float32), params=jax.device_put(stored)
+    )
+    return dataclasses.replace(pipeline, unet=unet)
