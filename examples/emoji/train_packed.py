@@ -14,7 +14,7 @@ from denoiser import make_loss
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 from packed import Packed
-from recipe import IMAGE_SIZE, UNET_CONFIG
+from recipe import IMAGE_SIZE
 from training import LossFn, update
 
 from mlcm_jax.conditioning import encode_prompts
@@ -31,7 +31,7 @@ from mlcm_jax.types import Latents, Params, TextConditioning
 
 LOG_SECONDS, SAVE_SECONDS = 20, 60
 KEPT_SNAPSHOTS = 2
-PROBE_ROWS = 1024
+PROBE_ROWS = 512
 
 
 Rows = tuple[Latents, TextConditioning]  # latents: float16
@@ -93,12 +93,11 @@ def make_probe(loss_fn: LossFn, sets: dict[str, Rows], seed: int) -> Probe:
     """The loss on rows, noise and timesteps that never change: training and held-out values can be compared."""
 
     @jax.jit
-    def probe(params: Params, sets: dict[str, Rows]):
-        key = rng.stream(seed, "probe", 0)
-        batches = {name: (latents.astype(jnp.float32), text) for name, (latents, text) in sets.items()}
-        return {name: loss_fn(params, batch, key)[0] for name, batch in batches.items()}
+    def probe(params: Params, rows: Rows):
+        latents, text = rows
+        return loss_fn(params, (latents.astype(jnp.float32), text), rng.stream(seed, "probe", 0))[0]
 
-    return lambda params: {name: float(value) for name, value in probe(params, sets).items()}
+    return lambda params: {name: float(probe(params, rows)) for name, rows in sets.items()}
 
 
 class Progress:
@@ -108,8 +107,9 @@ class Progress:
     rows, noise and timesteps without caption dropout.
     """
 
-    def __init__(self, out: Path, config: ConfigDict, flops: float, probe: Probe):
+    def __init__(self, out: Path, config: ConfigDict, unet_config: dict, flops: float, probe: Probe):
         self._out, self._config, self._flops, self._probe = out, config, flops, probe
+        self._unet_config = unet_config
         self._begin = self._logged = self._saved = time.perf_counter()
         self._steps = 0
 
@@ -142,9 +142,8 @@ class Progress:
 
     def save(self, state: TrainState, minute: int | None) -> None:
         """The moving average as OUT/unet, float16, and of the last minutes as files of their own."""
-        file = save_params(
-            state.ema, UNET_CONFIG, self._out / "unet", file_name=WEIGHT_FILES["diffusers"], dtype=jnp.float16
-        )
+        name, folder = WEIGHT_FILES["diffusers"], self._out / "unet"
+        file = save_params(state.ema, self._unet_config, folder, file_name=name, dtype=jnp.float16)
         if minute is not None:
             shutil.copyfile(file, self._out / f"unet_minute_{minute:03d}.safetensors")
             for old in sorted(self._out.glob("unet_minute_*.safetensors"))[:-KEPT_SNAPSHOTS]:
@@ -179,7 +178,7 @@ def train_packed(pipeline: Pipeline, packed: Packed, config: ConfigDict, out: Pa
     out.mkdir(parents=True, exist_ok=True)
     with StopOnSignal() as stop:
         print(f"{gflop:.3f} GFLOP an example; losses of the first weights: {untrained}", flush=True)
-        progress, running, step = Progress(out, config, flops, probe), None, 0
+        progress, running, step = Progress(out, config, pipeline.unet.config, flops, probe), None, 0
         while not running or not (stop.requested or progress.seconds() >= 60 * minutes):
             fraction = progress.seconds() / (60 * minutes)
             rates = learning_rate(config, step + np.arange(config.steps_per_call), fraction)
