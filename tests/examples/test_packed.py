@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import load_network
@@ -117,16 +119,26 @@ def small(monkeypatch):
     return denoiser.load_parts(EXAMPLE / "teacher", attention=XLA), config
 
 
-def test_a_training_in_small(small, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(train_packed, "SAVE_SECONDS", 0)
+def test_a_training_in_small(small, tmp_path: Path):
     pipeline, config = small
     params = train_packed.train_packed(pipeline, made_up(), config, tmp_path, 0.005)
     saved = load_network(tmp_path / "unet", "UNet2DConditionModel").params
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), params, saved)
-    assert 1 <= len(list(tmp_path.glob("unet_minute_*.safetensors"))) <= train_packed.KEPT_SNAPSHOTS
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["examples"] == 4 * last["step"] > 0
     assert all(np.isfinite(last[name]) for name in ("train_loss", "train_probe", "heldout_probe", "tflops_per_second"))
+
+
+def test_the_last_minutes_weights_are_kept(tmp_path: Path):
+    progress = train_packed.Progress(tmp_path, recipe.UNET_PACKED, {"_class_name": "any"}, 1.0, lambda params: {})
+    for minute in range(1, 5):
+        weights = {"conv_in": {"bias": np.full(3, minute, np.float32)}}
+        progress.save(SimpleNamespace(ema=weights), minute)  # pyright: ignore[reportArgumentType]
+    files = sorted(tmp_path.glob("unet_minute_*.safetensors"))
+    assert [file.name for file in files] == ["unet_minute_003.safetensors", "unet_minute_004.safetensors"]
+    newest = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    for file, minute in zip((*files, newest), (3, 4, 4), strict=True):
+        np.testing.assert_array_equal(load_file(file)["conv_in.bias"], np.full(3, minute, np.float16))
 
 
 def test_a_signal_ends_it_with_weights(small, tmp_path: Path, monkeypatch):
