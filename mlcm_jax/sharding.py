@@ -74,6 +74,26 @@ def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def split_batch(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays whose first axis is the batch, held to be split over ``data`` and ``fsdp``, forward and backward.
+
+    Without it the compiler is free to gather the batch where arrays are joined or reshaped, and then each device
+    computes all of it. The other axes stay the compiler's choice. Nothing changes where the batch does not divide and
+    on a mesh of one device (or None).
+    """
+    ways = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if mesh is None or ways == 1:
+        return tree
+
+    def split(a: Any) -> Any:
+        if a.shape[0] % ways:
+            return a
+        others = (PartitionSpec.UNCONSTRAINED,) * (a.ndim - 1)
+        return jax.lax.with_sharding_constraint(a, NamedSharding(mesh, PartitionSpec(BATCH_AXES, *others)))
+
+    return jax.tree.map(split, tree)
+
+
 def param_shardings(
     shapes_tree: Any,
     mesh: Mesh | AbstractMesh,

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from mlcm_jax.models.attention_backend import AttentionBackend, dot_product_attention
 from mlcm_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm
 from mlcm_jax.models.remat import rematerialised
+from mlcm_jax.sharding import split_batch
 
 
 class Attention(nn.Module):
@@ -59,6 +60,7 @@ class BasicTransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n t d"], context: Float[Array, "n s e"]):
+        x, context = split_batch((x, context), self.backend.mesh)
         h = LayerNorm(dtype=self.dtype, name="norm1")(x)
         x = x + Attention(self.heads, self.backend, self.dtype, name="attn1")(h, h)
         h = LayerNorm(dtype=self.dtype, name="norm2")(x)

@@ -13,6 +13,7 @@ from mlcm_jax.models.attention_backend import AUTO, AttentionBackend
 from mlcm_jax.models.layers import Conv, Dense, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
 from mlcm_jax.models.remat import REMAT_POLICIES, rematerialised
 from mlcm_jax.models.unet_config import Depths, UNetConfig
+from mlcm_jax.sharding import split_batch
 from mlcm_jax.types import TextConditioning
 
 
@@ -160,6 +161,8 @@ class UNet2DConditionModel(nn.Module):
         timestep_cond: embedding of the guidance scale, for students with ``time_cond_proj_dim``.
         """
         cfg, channels = self.config, self.config.block_out_channels
+        told = (sample, timesteps, conditioning, timestep_cond)
+        sample, timesteps, conditioning, timestep_cond = split_batch(told, cfg.attention.mesh)
         context = conditioning.hidden_states.astype(self.dtype)
         temb = self._time_embedding(timesteps, conditioning, timestep_cond)
         x = Conv(channels[0], dtype=self.dtype, name="conv_in")(sample)
