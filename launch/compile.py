@@ -2,31 +2,44 @@
 --topology=v5e:4x4.
 
 The real TPU compiler runs on the host's CPU (pip install libtpu; nothing needs to be attached). Prints the memory that
-each chip needs against what it has, and the FLOPs of a step. Full-size SDXL needs `ulimit -s unlimited`, some 20 GB of
-host memory and, on 2 cores, tens of minutes.
+each chip needs against what it has, the FLOPs of a step and the bytes that a chip exchanges in it. Full-size SDXL needs
+`ulimit -s unlimited`, some 20 GB of host memory and, on 2 cores, tens of minutes; with --memory_only, which stops when
+the compiler has assigned the buffers and checked that they fit, and writes no code, a tenth of that.
 """
 
 import json
 import os
-import re
+import resource
+import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
 from mlcm_jax.cli import run_main
 from mlcm_jax.config import validate
 from mlcm_jax.errors import UserError
-from mlcm_jax.train.program import build_program
+from mlcm_jax.train.compile import StepMemory, compile_step, step_memory
+from mlcm_jax.train.hlo import collective_bytes, read_buffer_assignment
+from mlcm_jax.train.program import average_trips, build_program
 from mlcm_jax.train.run import describe_teacher
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, such as configs/sdxl.py.")
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "TPU generation and slice shape.")
 OUT = flags.DEFINE_string("out", None, "JSON file for the figures.")
 STAGE = flags.DEFINE_integer("stage", 1, "Number of the stage whose step is compiled.")
+MEMORY_ONLY = flags.DEFINE_bool("memory_only", False, "Stop when the compiler has assigned the buffers.")
 flags.mark_flag_as_required("config")
+
+# What the TPU compiler writes while it works: a step's memory, its program and, after both, the program once more when
+# it has checked that the step fits. Where the step does not fit, it ends with an error instead.
+BUFFERS, PROGRAM, FITS = (
+    f"*.after_optimizations{name}.txt" for name in ("-buffer-assignment", "", "_after_buffer_assignment")
+)
+POLL_SECONDS = 0.2
 
 # generation: (prefix of the accelerator type, HBM of a chip in GB)
 GENERATIONS = {
@@ -66,18 +79,44 @@ def _stage_number(num_stages: int) -> int:
     return STAGE.value - 1
 
 
-def compile_for(lowered, topology: str):
-    """The compiled step. Raises UserError when it does not fit into a chip's memory."""
-    try:
-        return lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        needs = re.search(r"required for .*? \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
-        if needs is None:
-            raise
-        raise UserError(
-            f"The step does not fit {topology}: it needs {needs[1]} GiB of temporaries on each chip, which has "
-            f"{needs[2]}. Use more chips, a smaller batch_size or image_size, or trainable=lora."
-        ) from None
+def compile_whole(lowered, name: str) -> tuple[StepMemory, str]:
+    """Memory and program of a compiled step. Raises UserError when it does not fit into a chip's memory."""
+    compiled = compile_step(lowered, name)
+    return step_memory(compiled), compiled.as_text()
+
+
+def assign_buffers(lowered, name: str) -> tuple[StepMemory, str]:
+    """The same, read from the compiler's debugging output before it generates code.
+
+    Nothing stops the compiler: it goes on in its thread until ``leave`` ends the process. Raises UserError when the
+    step does not fit into a chip's memory.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        raised: list[Exception] = []
+
+        def work():
+            try:
+                compile_step(lowered, name, options)
+            except Exception as error:
+                raised.append(error)
+
+        compiler = threading.Thread(target=work, daemon=True)
+        compiler.start()
+        dump = Path(folder)
+        while compiler.is_alive() and not list(dump.glob(FITS)):
+            time.sleep(POLL_SECONDS)
+        if raised:
+            raise raised[0]
+        ((memory,), (program,)) = (list(dump.glob(pattern)) for pattern in (BUFFERS, PROGRAM))
+        return read_buffer_assignment(memory.read_text()), program.read_text()
+
+
+def leave():
+    """End the process at once: the compiler's thread would crash in an interpreter that shuts down around it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def main():
@@ -89,31 +128,35 @@ def main():
     start = time.perf_counter()
     stage = program.stages[_stage_number(len(program.stages))]
     lowered = stage.step.lower(program.state, program.frozen, stage.batch)
-    lowering_seconds = time.perf_counter() - start
-    print(f"   lowered  in {lowering_seconds:.0f} s", flush=True)
-    compiled = compile_for(lowered, TOPOLOGY.value)
-    memory = compiled.memory_analysis()
-    hbm = GENERATIONS[TOPOLOGY.value.partition(":")[0]][1]
-    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
-    used -= memory.alias_size_in_bytes
+    print(f"   lowered  in {time.perf_counter() - start:.0f} s", flush=True)
+    start, cpu_start = time.perf_counter(), time.process_time()
+    look = assign_buffers if MEMORY_ONLY.value else compile_whole
+    memory, hlo = look(lowered, f"stage {STAGE.value} on {TOPOLOGY.value}")
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    traffic = collective_bytes(hlo, average_trips(stage.stage.config))
     figures = {
         "topology": TOPOLOGY.value,
         "trainable": config.trainable,
-        "compile_seconds": round(time.perf_counter() - start - lowering_seconds),
-        "arguments_gb": memory.argument_size_in_bytes / 1e9,
-        "temporaries_gb": memory.temp_size_in_bytes / 1e9,
-        "used_gb": used / 1e9,
-        "hbm_gb": hbm,
+        "stage": STAGE.value,
+        "batch_size": config.batch_size,
+        "memory_only": MEMORY_ONLY.value,
+        "compile_seconds": round(seconds),
+        "compile_cpu_seconds": round(cpu_seconds),
+        "host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        "arguments_gb": memory.arguments / 1e9,
+        "temporaries_gb": memory.temporaries / 1e9,
+        "used_gb": memory.total / 1e9,
+        "hbm_gb": GENERATIONS[TOPOLOGY.value.partition(":")[0]][1],
+        "collectives_gb": {kind: moved / 1e9 for kind, moved in traffic.items()},
         "tflop_per_step": stage.flops / 1e12,
     }
-    print(
-        f"  compiled  in {figures['compile_seconds']} s: {figures['used_gb']:.2f} of {hbm} GB on each chip "
-        f"({figures['arguments_gb']:.2f} arguments, {figures['temporaries_gb']:.2f} temporaries)"
-    )
+    done = "assigned" if MEMORY_ONLY.value else "compiled"
+    print(f"{done:>10}  in {seconds:.0f} s: {memory}, which has {figures['hbm_gb']} GB")
+    print(" exchanged  " + (", ".join(f"{kind} {moved / 1e9:.3g} GB" for kind, moved in traffic.items()) or "nothing"))
     if OUT.value:
         Path(OUT.value).write_text(json.dumps(figures, indent=2) + "\n")
-    if used > hbm * 1e9:
-        raise UserError(f"The step needs {used / 1e9:.1f} GB on each chip and there are {hbm}: use more chips.")
+    if MEMORY_ONLY.value:
+        leave()
 
 
 if __name__ == "__main__":

@@ -66,16 +66,17 @@ def compile_steps(program: Program, first_step: int = 0) -> Executables:
     return executables
 
 
-def compile_step(lowered: Any, name: str) -> Any:
+def compile_step(lowered: Any, name: str, options: Mapping[str, Any] | None = None) -> Any:
     """The executable of a lowered step. Raises UserError where the compiler finds that it does not fit; ``name`` says
-    there what the step is."""
+    there what the step is. options: XLA's, such as {"xla_dump_to": FOLDER}."""
     try:
-        return lowered.compile()
+        return lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
         needs = re.search(r"required for .*? \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
         if needs is None:
             raise
-        raise _too_large(name, f"{needs[1]} GiB of temporaries", f"{needs[2]} GiB") from None
+        # The message of a TPU calls them temporaries; arguments are in the sum.
+        raise _too_large(name, f"{needs[1]} GiB", f"{needs[2]} GiB") from None
 
 
 def _require_room(memory: StepMemory, name: str, program: Program) -> None:

@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from mlcm_jax.train.compile import StepMemory
+
 COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -25,19 +27,6 @@ _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _SCALAR = re.compile(r"[su]\d+\[\]")
 
 
-class Memory(NamedTuple):
-    """Bytes on one device. outputs: those that do not take the place of an argument."""
-
-    arguments: int
-    temporaries: int
-    outputs: int
-
-    @property
-    def used(self) -> int:
-        """All of it together."""
-        return sum(self)
-
-
 class Instruction(NamedTuple):
     """One line of a computation; rest: what follows the opening bracket, operands and attributes."""
 
@@ -47,10 +36,10 @@ class Instruction(NamedTuple):
     rest: str
 
 
-def read_buffer_assignment(text: str) -> Memory:
+def read_buffer_assignment(text: str) -> StepMemory:
     """The memory of a device from the buffer assignment that ``xla_dump_to`` writes for a TPU.
 
-    Only the main memory counts, and no constants, which are some kilobytes.
+    Of its memories only the main one counts; constants, which are some kilobytes, do not.
     """
     arguments = temporaries = outputs = 0
     for size, what in re.findall(r"^allocation \d+: size (\d+), (.*)", text, re.MULTILINE):
@@ -62,7 +51,7 @@ def read_buffer_assignment(text: str) -> Memory:
             temporaries += int(size)
         elif "maybe-live-out" in what:
             outputs += int(size)
-    return Memory(arguments, temporaries, outputs)
+    return StepMemory(arguments, temporaries, arguments + temporaries + outputs)
 
 
 def collective_bytes(hlo: str, traced_trips: float = 1.0) -> dict[str, float]:
