@@ -17,10 +17,9 @@ from recipe import IMAGE_SIZE
 
 from mlcm_jax.conditioning import encode_prompts, unconditional
 from mlcm_jax.data.prompts import read_prompts
-from mlcm_jax.evaluation.extractors import EXTRACTORS
-from mlcm_jax.evaluation.frechet import frechet_distance
+from mlcm_jax.evaluation.extractors import Extractor
 from mlcm_jax.evaluation.judge import chunks
-from mlcm_jax.evaluation.measure import mean_figure
+from mlcm_jax.evaluation.measure import Figure, mean_figure, set_figures
 from mlcm_jax.evaluation.provenance import provenance
 from mlcm_jax.evaluation.scorers import SCORERS, kind_of
 from mlcm_jax.generate import decode, draw_noise, sample_latents
@@ -30,6 +29,7 @@ from mlcm_jax.images import image_grid
 
 GUIDANCE_SCALES = (3.0, 5.0)
 CHUNK = 128  # samples that are drawn at a time
+RESAMPLES = 50  # of the distances between sets
 SEED = 0  # launch/evaluate.py's, so that both draw the same pictures
 
 
@@ -66,15 +66,23 @@ def measure(
     begin = time.perf_counter()
     grid_prompts, captions = read_prompts(GRID_PROMPTS), packed.real_captions[:num_images]
     judges = {name: SCORERS[kind_of(name)](place) for name, place in scorers.items()} if captions else {}
-    extractors = {name: EXTRACTORS[kind_of(name)](place) for name, place in features.items()} if captions else {}
-    real = {name: extract(packed.real[:num_images]) for name, extract in extractors.items()}
+    extractors = {name: Extractor.read(kind_of(name), place) for name, place in features.items()} if captions else {}
+    real = {name: extractor.extract(packed.real[:num_images]) for name, extractor in extractors.items()}
     grids, rows = [], []
     for guidance_scale in GUIDANCE_SCALES:
         images = draw(pipeline, [*captions, *grid_prompts], guidance_scale)
         drawn = images[: len(captions)]
         grids.append(image_grid(images[len(captions) :], columns=8))
-        row = {f"{name}_score": summary(judge(drawn, captions)) for name, judge in judges.items()}
-        row |= {f"frechet_distance/{name}": frechet_distance(f(drawn), real[name]) for name, f in extractors.items()}
+        row = {f"{name}_score": summary(mean_figure(judge(drawn, captions))) for name, judge in judges.items()}
+        for name, extractor in extractors.items():
+            found = set_figures(
+                extractor.extract(drawn),
+                real[name],
+                paired=True,
+                num_resamples=RESAMPLES,
+                components=extractor.kind.components,
+            )
+            row |= {f"{metric}/{name}": summary(figure) for metric, figure in found.items()}
         rows.append({"guidance_scale": guidance_scale, "images": len(captions), "steps": GRID_STEPS, **row})
         print(json.dumps(rows[-1]), flush=True)
     Image.fromarray(image_grid(np.stack(grids), columns=1, gap=8)).save(out / "grid.png")
@@ -82,10 +90,9 @@ def measure(
     write_json({**provenance(), "figures": rows, "seconds": seconds}, out / "figures.json")
 
 
-def summary(scores: np.ndarray) -> dict[str, float | list[float]]:
-    """Mean and its 95 % bootstrap interval."""
-    figure = mean_figure(scores)
-    return {"mean": figure.value, "interval": list(figure.interval)}
+def summary(figure: Figure) -> dict[str, float | list[float]]:
+    """Value and its 95 % bootstrap interval."""
+    return {"value": figure.value, "interval": list(figure.interval)}
 
 
 def with_weights(pipeline: Pipeline, params: dict) -> Pipeline:

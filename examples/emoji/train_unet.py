@@ -59,6 +59,7 @@ SCORERS_FLAG = flags.DEFINE_list(
 FEATURES = flags.DEFINE_list("features", [f"clip={HERE / 'scorer'}"], "NAME=PLACE,... of Frechet distances.")
 
 GRID_GUIDANCE = 5.0
+MIN_IMAGES = 4  # as many as precision and recall need
 
 
 def make_sampler(pipeline: Pipeline, seed: int):
@@ -126,6 +127,8 @@ def from_packed(out: Path):
     packed, teacher = load_packed(Path(PACKED.value)), Path(TEACHER.value)
     if packed.vae != fingerprint(teacher / "vae"):
         raise UserError(f"{PACKED.value} is of another autoencoder than {teacher / 'vae'}: pack again with --teacher.")
+    if 0 < NUM_IMAGES.value < MIN_IMAGES:
+        raise UserError(f"--num_images={NUM_IMAGES.value} are too few to compare: take {MIN_IMAGES} or more, or 0.")
     if NUM_IMAGES.value > len(packed.real_captions):
         raise UserError(f"--num_images={NUM_IMAGES.value}: {PACKED.value} has {len(packed.real_captions)}; lower it.")
     # The sequences are short: 64 positions at most. XLA's attention is exact in any size and has a gradient everywhere.

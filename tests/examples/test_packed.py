@@ -23,6 +23,7 @@ EXAMPLE = ROOT / "examples" / "emoji"
 sys.path.insert(0, str(EXAMPLE))
 
 import denoiser  # noqa: E402
+import packed_figures  # noqa: E402
 import recipe  # noqa: E402
 import train_packed  # noqa: E402
 from batches import row_weights  # noqa: E402
@@ -152,6 +153,25 @@ def test_a_signal_ends_it_with_weights(small, tmp_path: Path, monkeypatch):
     with pytest.raises(SystemExit, match="Stopped by a signal at step 4"):
         train_packed.train_packed(pipeline, made_up(), config, tmp_path, 60)
     assert load_network(tmp_path / "unet", "UNet2DConditionModel").params
+
+
+def test_figures_of_samples(tmp_path: Path, monkeypatch):
+    packed, asked = made_up(), []
+
+    def draw(pipeline, prompts, guidance_scale):
+        asked.append((len(prompts), guidance_scale))
+        return np.concatenate([packed.real[:4], np.zeros((len(prompts) - 4, 64, 64, 3), np.uint8)])
+
+    monkeypatch.setattr(packed_figures, "draw", draw)
+    scorer = str(EXAMPLE / "scorer")
+    packed_figures.measure(
+        None, packed, tmp_path, num_images=4, scorers={"clip-own": scorer}, features={"clip": scorer}
+    )  # pyright: ignore[reportArgumentType]
+    assert asked == [(4 + 16, 3.0), (4 + 16, 5.0)]
+    row = json.loads((tmp_path / "figures.json").read_text())["figures"][0]
+    assert -1 < row["clip-own_score"]["value"] < 1
+    assert row["frechet_distance/clip"]["value"] == pytest.approx(0, abs=1e-6)  # the real pictures themselves
+    assert Image.open(tmp_path / "grid.png").width == 8 * 66 - 2
 
 
 def command(*arguments: str) -> list[str]:
