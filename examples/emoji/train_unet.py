@@ -59,7 +59,7 @@ SCORERS_FLAG = flags.DEFINE_list(
 FEATURES = flags.DEFINE_list("features", [f"clip={HERE / 'scorer'}"], "NAME=PLACE,... of Frechet distances.")
 
 GRID_GUIDANCE = 5.0
-MIN_IMAGES = 4  # as many as precision and recall need
+MIN_IMAGES = 8  # resamples of fewer may hold one picture alone, which has no spread
 
 
 def make_sampler(pipeline: Pipeline, seed: int):

@@ -160,14 +160,14 @@ def test_figures_of_samples(tmp_path: Path, monkeypatch):
 
     def draw(pipeline, prompts, guidance_scale):
         asked.append((len(prompts), guidance_scale))
-        return np.concatenate([packed.real[:4], np.zeros((len(prompts) - 4, 64, 64, 3), np.uint8)])
+        return np.concatenate([packed.real, np.zeros((len(prompts) - 8, 64, 64, 3), np.uint8)])
 
     monkeypatch.setattr(packed_figures, "draw", draw)
     scorer = str(EXAMPLE / "scorer")
     packed_figures.measure(
-        None, packed, tmp_path, num_images=4, scorers={"clip-own": scorer}, features={"clip": scorer}
+        None, packed, tmp_path, num_images=8, scorers={"clip-own": scorer}, features={"clip": scorer}
     )  # pyright: ignore[reportArgumentType]
-    assert asked == [(4 + 16, 3.0), (4 + 16, 5.0)]
+    assert asked == [(8 + 16, 3.0), (8 + 16, 5.0)]
     row = json.loads((tmp_path / "figures.json").read_text())["figures"][0]
     assert -1 < row["clip-own_score"]["value"] < 1
     assert row["frechet_distance/clip"]["value"] == pytest.approx(0, abs=1e-6)  # the real pictures themselves
@@ -175,7 +175,7 @@ def test_figures_of_samples(tmp_path: Path, monkeypatch):
 
 
 def command(*arguments: str) -> list[str]:
-    settings = ("--batch_size=4", "--steps_per_call=1", "--dtype=float32", "--num_images=4")
+    settings = ("--batch_size=4", "--steps_per_call=1", "--dtype=float32", "--num_images=8")
     return [sys.executable, str(EXAMPLE / "train_unet.py"), *settings, *arguments]
 
 
