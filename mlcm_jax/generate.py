@@ -94,23 +94,26 @@ def sample_latents(
     return _sample(unet.module, table.prediction_type, width, *args)
 
 
-@partial(jax.jit, static_argnames=("module",))
-def _decode(module, params, latents):
-    return module.apply({"params": params}, latents, method="decode")
+@partial(jax.jit, static_argnames=("module", "tile"))
+def _decode(module, params, latents, tile):
+    whole = partial(module.apply, {"params": params}, method="decode")
+
+    def one(z):
+        z = z[None] / module.config.scaling_factor
+        return to_uint8(whole(z) if tile is None else decode_in_tiles(whole, z, tile, module.downscale))[0]
+
+    return jax.lax.map(one, latents)
 
 
 def decode(vae: Network, latents: Latents, tiling: str = "auto") -> UInt8[np.ndarray, "n H W 3"]:
-    """Images of scaled latents, one at a time: a decoder's activations are large.
+    """Images of scaled latents: one program, one fetch; in it one image at a time, as a decoder's activations are large.
 
     tiling: "on" decodes what is larger than the autoencoder's ``sample_size`` in tiles of that size, "auto" only
     pictures of more than 1024 px. Raises UserError for "on" with an AutoencoderTiny, which needs no tiles.
     """
     module: Any = vae.module
-    whole = partial(_decode, module, vae.params)
-    one = whole
-    if in_tiles(vae, latents, tiling):
-        one = partial(decode_in_tiles, whole, tile=module.config.sample_size, downscale=module.downscale)
-    return np.concatenate([to_uint8(one(row[None])) for row in latents / module.config.scaling_factor])
+    tile = module.config.sample_size if in_tiles(vae, latents, tiling) else None
+    return np.asarray(_decode(module, vae.params, latents, tile))
 
 
 def in_tiles(vae: Network, latents: Latents, tiling: str) -> bool:

@@ -1,12 +1,13 @@
 """Pictures of pictures: uint8 and float images into one another, and rows of them into a grid."""
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, UInt8
 
 
-def to_uint8(images: Float[np.ndarray, "n H W 3"]) -> UInt8[np.ndarray, "n H W 3"]:
-    """Images in [-1, 1] to 0..255, rounded as diffusers' image processor rounds."""
-    return (np.clip(np.asarray(images, np.float32) / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8)
+def to_uint8(images: Float[Array, "n H W 3"]) -> UInt8[Array, "n H W 3"]:
+    """Images in [-1, 1] to 0..255, rounded as diffusers' image processor rounds; for use inside ``jax.jit``."""
+    return (jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1) * 255).round().astype(jnp.uint8)
 
 
 def to_float(images: UInt8[np.ndarray, "n H W 3"]) -> Float[np.ndarray, "n H W 3"]:

@@ -1,8 +1,10 @@
 """Decoding large pictures tile by tile, so that the decoder's activations are those of one tile."""
 
+from collections import defaultdict
 from collections.abc import Callable
 
-import numpy as np
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mlcm_jax.types import Latents
@@ -12,8 +14,8 @@ OVERLAP = 0.25  # of a tile, with the one above and the one to the left
 
 def decode_in_tiles(
     decode: Callable[[Latents], Array], latents: Latents, tile: int, downscale: int
-) -> Float[np.ndarray, "n H W 3"]:
-    """Images of ``latents``, put together on the host; the same as diffusers' ``enable_tiling``.
+) -> Float[Array, "n H W 3"]:
+    """Images of ``latents``, float32, for use inside ``jax.jit``; the same as diffusers' ``enable_tiling``.
 
     decode: latents -> images, called with squares and, at the right and lower edge, with what is left of them.
     tile: pixels along a tile's side. downscale: pixels along a latent's side.
@@ -24,25 +26,40 @@ def decode_in_tiles(
     stride, fade = int(side * (1 - OVERLAP)), int(tile * OVERLAP)
     kept = tile - fade
     _, height, width, _ = latents.shape
-    rows, above = [], []
-    for top in range(0, height, stride):
-        row = []
-        for column, left in enumerate(range(0, width, stride)):
-            images = np.array(decode(latents[:, top : top + side, left : left + side]), np.float32)
+    tops, lefts = range(0, height, stride), range(0, width, stride)
+    tiles = _decoded(decode, latents, [(top, left) for top in tops for left in lefts], side)
+    rows, above = [], {}
+    for top in tops:
+        row = {}
+        for left in lefts:
+            images = tiles[top, left]
             if above:
-                _fade_in(images, above[column], fade, axis=1)
+                images = _faded_in(images, above[left], fade, axis=1)
             if row:
-                _fade_in(images, row[-1], fade, axis=2)
-            row.append(images)
-        rows.append(np.concatenate([images[:, :kept, :kept] for images in row], axis=2))
+                images = _faded_in(images, row[left - stride], fade, axis=2)
+            row[left] = images
+        rows.append(jnp.concatenate([images[:, :kept, :kept] for images in row.values()], axis=2))
         above = row
-    return np.concatenate(rows, axis=1)
+    return jnp.concatenate(rows, axis=1)
 
 
-def _fade_in(images: np.ndarray, before: np.ndarray, extent: int, axis: int) -> None:
-    """Blend the end of ``before`` linearly into the beginning of ``images``, in place."""
+def _decoded(decode, latents, places: list[tuple[int, int]], side: int) -> dict[tuple[int, int], Array]:
+    """The tile at each place. Tiles of a size share a loop, so that the program holds the decoder four times at most."""
+    of_size = defaultdict(dict)
+    for top, left in places:
+        piece = latents[:, top : top + side, left : left + side]
+        of_size[piece.shape][top, left] = piece
+    tiles = {}
+    for pieces in of_size.values():
+        images = jax.lax.map(lambda piece: decode(piece).astype(jnp.float32), jnp.stack(list(pieces.values())))
+        tiles |= zip(pieces, images, strict=True)
+    return tiles
+
+
+def _faded_in(images: Array, before: Array, extent: int, axis: int) -> Array:
+    """``images`` with the end of ``before`` blended linearly into their beginning."""
     extent = min(before.shape[axis], images.shape[axis], extent)
-    images, before = np.moveaxis(images, axis, -1), np.moveaxis(before, axis, -1)
-    weight = np.arange(extent, dtype=np.float32) / max(extent, 1)
-    ends = before[..., before.shape[-1] - extent :]
-    images[..., :extent] = ends * (1 - weight) + images[..., :extent] * weight
+    images, before = jnp.moveaxis(images, axis, -1), jnp.moveaxis(before, axis, -1)
+    weight = jnp.arange(extent, dtype=jnp.float32) / max(extent, 1)
+    blended = before[..., before.shape[-1] - extent :] * (1 - weight) + images[..., :extent] * weight
+    return jnp.moveaxis(images.at[..., :extent].set(blended), -1, axis)

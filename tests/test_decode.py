@@ -4,14 +4,17 @@ import dataclasses
 from functools import partial
 
 import diffusers
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from tiny_models import randomise, tiny_vae
 from torch_weights import assert_close, channels_first, channels_last
 
+import mlcm_jax.generate
 from mlcm_jax.errors import UserError
-from mlcm_jax.generate import _decode, decode, encode, in_tiles
+from mlcm_jax.generate import decode, encode, in_tiles
 from mlcm_jax.hub.pipeline import load_network, load_pipeline
 from mlcm_jax.hub.vae import load_vae
 from mlcm_jax.tiling import decode_in_tiles
@@ -48,8 +51,8 @@ def test_tiles_are_put_together_as_in_diffusers(vae, height, width):
     latents = latents_of(height, width)
     with torch.no_grad():
         expected = channels_last(model.decode(channels_first(latents)).sample)
-    whole = partial(_decode, vae.module, vae.params)
-    assert_close(decode_in_tiles(whole, latents, 32, 2), expected)
+    whole = partial(vae.module.apply, {"params": vae.params}, method="decode")
+    assert_close(jax.jit(partial(decode_in_tiles, whole, tile=32, downscale=2))(latents), expected)
     images = decode(vae, latents * vae.config["scaling_factor"], tiling="on")
     assert np.abs(images / 127.5 - 1 - expected.clip(-1, 1)).max() < 0.006
 
@@ -58,8 +61,24 @@ def test_tiles_of_a_decoder_without_context_are_the_whole(vae):
     """Where a pixel depends on one latent only, neither overlap nor seams may show."""
     latents = latents_of(27, 45)
     whole = latents[..., :3].repeat(4, axis=1).repeat(4, axis=2)
-    got = decode_in_tiles(lambda z: z[..., :3].repeat(4, axis=1).repeat(4, axis=2), latents, 32, 4)
+    got = decode_in_tiles(lambda z: z[..., :3].repeat(4, axis=1).repeat(4, axis=2), jnp.asarray(latents), 32, 4)
     np.testing.assert_allclose(got, whole, atol=1e-6)
+
+
+def test_pictures_of_a_batch_are_one_program_and_uint8_when_they_are_fetched(vae, monkeypatch):
+    latents = np.random.default_rng(0).standard_normal((3, 4, 4, 4), np.float32)
+    one_by_one = np.concatenate([decode(vae, latents[i : i + 1]) for i in range(3)])
+    calls, run = [], mlcm_jax.generate._decode
+
+    def counted(*args):
+        calls.append(run(*args))
+        return calls[-1]
+
+    monkeypatch.setattr(mlcm_jax.generate, "_decode", counted)
+    images = decode(vae, latents)
+    np.testing.assert_array_equal(images, one_by_one)
+    (on_device,) = calls
+    assert isinstance(on_device, jax.Array) and on_device.dtype == images.dtype == np.uint8
 
 
 @pytest.mark.parametrize(

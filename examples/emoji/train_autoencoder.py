@@ -67,7 +67,7 @@ def main():
     reconstruct = jax.jit(lambda p, x: model.apply({"params": p}, x))
 
     def sample(state):
-        recon = to_uint8(np.asarray(reconstruct(state.ema, to_float(held[:16]))))
+        recon = np.asarray(to_uint8(reconstruct(state.ema, to_float(held[:16]))))
         return image_grid(np.concatenate([held[:16], recon]), columns=16)
 
     state = run(
