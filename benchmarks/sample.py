@@ -1,7 +1,8 @@
 """Sampling in a few steps, with decoding, against the same in PyTorch and diffusers: python benchmarks/sample.py.
 
 A distilled model's sampler: TCDScheduler's steps without guidance, from noise to uint8 pictures on the host, decoded
-one at a time. Text encoders are left out. Random weights, made on the device; ratios as in train_step.py.
+one at a time (ours within one program). Text encoders are left out. Random weights, made on the device; ratios as in
+train_step.py.
 """
 
 import functools
@@ -19,8 +20,9 @@ import workload
 from absl import app, flags
 from options import DTYPE, MODEL, OUT, REPEATS, TIME_LIMIT
 
+from mlcm_jax.diffusion.samplers import step_table
 from mlcm_jax.export import student_scheduler_config
-from mlcm_jax.generate import decode, draw_noise, sample_latents
+from mlcm_jax.generate import decode, decoding_program, draw_noise, sample_latents, sampling_program
 from mlcm_jax.hub.pipeline import Network, Pipeline, conditioning_shapes
 from mlcm_jax.train.flops import count_flops
 
@@ -31,9 +33,28 @@ BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Pictures at once.")
 TOLERANCE = 1
 
 
+def in_dtype(network: Network, dtype: Any) -> Any:
+    """Shapes of a network's parameters in ``dtype``."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), network.params)
+
+
 def random_network(network: Network, dtype: Any) -> Network:
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), network.params)
-    return Network(network.module, workload.random_params(shapes), network.config)
+    return Network(network.module, workload.random_params(in_dtype(network, dtype)), network.config)
+
+
+def compile_programs(pipeline: Pipeline, batch_size: int, dtype: str) -> dict[str, float]:
+    """Compile what ``draw`` runs, without weights, into the compilation cache; seconds by program."""
+    table = step_table(student_scheduler_config(pipeline.scheduler_config), 4)
+    latents = jax.ShapeDtypeStruct((batch_size, *latent_shape(pipeline)), jnp.float32)
+    told = conditioning_shapes(pipeline, batch_size)
+    variables, decoder = {"params": in_dtype(pipeline.unet, dtype)}, in_dtype(pipeline.vae, dtype)
+    unet, vae = pipeline.unet.module, pipeline.vae.module
+    with timing.same_precision(dtype):
+        static = (unet, table.prediction_type, None)
+        args = (*static, table.arrays, variables, latents, told, told, None, None)
+        _, sampling = timing.compile_timed(sampling_program, *args)
+        _, decoding = timing.compile_timed(decoding_program, vae, decoder, latents, None)
+    return {name: sampling[name] + decoding[name] for name in sampling}
 
 
 def draw(unet: Network, vae: Network, scheduler_config: dict[str, Any], noise, conditioning, num_steps: int):
@@ -82,6 +103,13 @@ def make_sampler(folder: Path, scheduler_config: dict[str, Any], *, compiled: bo
     return sampler.compiled() if compiled else sampler
 
 
+def torch_samplers(folder: Path, pipeline: Pipeline, sides: dict[str, bool]) -> dict[str, Any]:
+    """What makes torch's sampler, once, for each of ``timing.torch_sides``."""
+    scheduler_config = student_scheduler_config(pipeline.scheduler_config)
+    make = functools.partial(make_sampler, folder, scheduler_config)
+    return {name: functools.cache(functools.partial(make, compiled=compiled)) for name, compiled in sides.items()}
+
+
 def picture_difference(folder: Path, pipeline: Pipeline, num_steps: int = 4) -> int:
     """Largest difference of two pictures, ours and torch's, from equal weights and noise, float32."""
     import torch_reference as reference
@@ -109,11 +137,17 @@ def check(model: str, dtype: str, scratch: Path) -> int:
     return picture_difference(workload.architecture_folder(model, scratch), pipeline)
 
 
+def our_run(pipeline: Pipeline, networks: Any, batch_size: int, num_steps: int):
+    """A function that draws from noise that it is not timed to make."""
+    noise, conditioning = inputs(pipeline, batch_size)
+    scheduler_config = student_scheduler_config(pipeline.scheduler_config)
+    return functools.partial(draw, *networks, scheduler_config, noise, conditioning, num_steps)
+
+
 def measure(pipeline: Pipeline, networks, batch_size: int, num_steps: int, theirs, deadline: float):
     """One row of the table, as far as it has got. theirs: {name: () -> torch's sampler}."""
     noise, conditioning = inputs(pipeline, batch_size)
-    scheduler_config = student_scheduler_config(pipeline.scheduler_config)
-    run = functools.partial(draw, *networks, scheduler_config, noise, conditioning, num_steps)
+    run = our_run(pipeline, networks, batch_size, num_steps)
 
     def torch_side(make):
         sampler = make()
@@ -125,6 +159,7 @@ def measure(pipeline: Pipeline, networks, batch_size: int, num_steps: int, their
         f"{DTYPE.value}",
         "images": batch_size,
         "flops": flops_of(pipeline, batch_size, num_steps),
+        "peak_flops": timing.measured_peak(),
     }
     builders = {name: functools.partial(torch_side, make) for name, make in theirs.items()}
     for figures in timing.compare(timing.Side(run, timing.device_memory), builders, REPEATS.value, deadline):
@@ -141,12 +176,7 @@ def main(argv):
         scratch = Path(folder)
         architecture = workload.architecture_folder(MODEL.value, scratch)
         pipeline = workload.describe(MODEL.value, scratch, DTYPE.value)
-        theirs = {}
-        if not missing:
-            scheduler_config = student_scheduler_config(pipeline.scheduler_config)
-            for name, compiled in (("torch", False), ("torch.compile", True)):
-                make = functools.partial(make_sampler, architecture, scheduler_config, compiled=compiled)
-                theirs[name] = functools.cache(make)
+        theirs = torch_samplers(architecture, pipeline, timing.torch_sides(compiled=True))
         networks = tuple(random_network(n, jnp.dtype(DTYPE.value)) for n in (pipeline.unet, pipeline.vae))
         for batch_size, num_steps in itertools.product(map(int, BATCH_SIZES.value), map(int, STEPS.value)):
             if time.monotonic() > deadline:

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 # XLA takes three quarters of a GPU's memory at the start, and torch needs some. Read at the first use of a device.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 WARM_UP = 2
-PEAK_FLOPS = {"NVIDIA H200": 790e12}  # large bfloat16 products, measured; docs/speed.md
+PEAK_SIDE = 8192  # of the square matrices whose product's rate is the peak
+PEAK_REPEATS = 20
 
 
 class Side(NamedTuple):
@@ -111,6 +114,13 @@ def same_precision(dtype: str):
     return jax.default_matmul_precision("highest" if dtype == "float32" else None)
 
 
+def torch_sides(compiled: bool) -> dict[str, bool]:
+    """The reference's sides by name, with whether torch compiles; none where a package is missing."""
+    if torch_missing():
+        return {}
+    return {"torch": False} | ({"torch.compile": True} if compiled else {})
+
+
 def torch_missing() -> str:
     """What the reference needs and this Python has not."""
     needed = ("torch", "diffusers", "peft")
@@ -152,9 +162,15 @@ def notes(program: str, missing: str) -> dict[str, Any]:
 
     missing: packages that torch's side needs and that are not there.
     """
+    return command_notes(program, missing) | machine()
+
+
+def command_notes(program: str, missing: str | None = None) -> dict[str, Any]:
+    """The part of ``notes`` that asks no device; missing: None finds out."""
+    missing = torch_missing() if missing is None else missing
     versions = {name: importlib.metadata.version(name) for name in ("jax", "torch", "diffusers") if name not in missing}
     command = " ".join(["python", f"benchmarks/{program}", *sys.argv[1:]])
-    said = {"command": command, **machine(), "versions": ", ".join(f"{k} {v}" for k, v in versions.items())}
+    said = {"command": command, "versions": ", ".join(f"{k} {v}" for k, v in versions.items())}
     return said | ({"torch's side": f"not measured: without {missing}"} if missing else {})
 
 
@@ -175,9 +191,28 @@ def machine() -> dict[str, str]:
     return {"hardware": hardware, "date": str(datetime.date.today()), "python": platform.python_version()}
 
 
-def device_peak() -> float | None:
-    """FLOP/s of large bfloat16 products on the first device, None where they have not been measured."""
-    return PEAK_FLOPS.get(jax.devices()[0].device_kind)
+@functools.cache
+def measured_peak() -> float | None:
+    """FLOP/s of large bfloat16 products on the first device, by the fastest of some; None on a CPU."""
+    if jax.default_backend() == "cpu":
+        return None
+    square = jax.random.normal(jax.random.key(0), (PEAK_SIDE, PEAK_SIDE), jnp.bfloat16)
+    product = jax.jit(jnp.matmul)
+    seconds = []
+    for _ in range(WARM_UP + PEAK_REPEATS):
+        start = time.perf_counter()
+        jax.block_until_ready(product(square, square))
+        seconds.append(time.perf_counter() - start)
+    return 2 * PEAK_SIDE**3 / min(seconds)
+
+
+def compile_timed(jitted: Any, *args: Any) -> tuple[Any, dict[str, float]]:
+    """A jit-ed function compiled for its arguments or their shapes; seconds of tracing and of compiling."""
+    start = time.perf_counter()
+    lowered = jitted.lower(*args)
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    return compiled, {"trace_seconds": traced - start, "compile_seconds": time.perf_counter() - traced}
 
 
 HEADER = ["work", "ours", "torch", "ratio", "torch.compile", "ratio", "images/s, ours", "memory, ours", "torch"]
@@ -194,7 +229,7 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
             cells += _side_cells(row.get(name))
         cells += [f"{row['images'] / row['ours']['seconds']:.3g}"]
         cells += [_gigabytes((row.get(name) or {}).get("memory")) for name in ("ours", "torch")]
-        rate, peak = row["flops"] / row["ours"]["seconds"], device_peak()
+        rate, peak = row["flops"] / row["ours"]["seconds"], row.get("peak_flops")
         cells += [f"{rate / 1e12:.3g}", f"{rate / peak:.0%}" if peak else "-"]
         yield "| " + " | ".join(cells) + " |"
 

@@ -37,11 +37,18 @@ def start(program: Program) -> tuple[Any, Frozen]:
     return program.init_state(workload.random_params(program.state.params) if full else None), frozen
 
 
-def compile_step(program: Program) -> Any:
-    """The program's step for its own arguments."""
+def compile_start(program: Program) -> None:
+    """Compile what ``start`` runs into the compilation cache; nothing is allocated."""
+    full = program.config.trainable == "full"
+    shardings = jax.tree.map(lambda a: a.sharding, program.state)
+    jax.jit(program.create_state, out_shardings=shardings).lower(program.state.params if full else None).compile()
+
+
+def compile_step(program: Program) -> tuple[Any, dict[str, float]]:
+    """The program's step for its own arguments, and seconds as ``timing.compile_timed`` has them."""
     stage = program.stages[0]
     with timing.same_precision(program.config.compute_dtype):
-        return stage.step.lower(program.state, program.frozen, stage.batch).compile()
+        return timing.compile_timed(stage.step, program.state, program.frozen, stage.batch)
 
 
 def check_losses(program: Program, compiled: Any) -> tuple[list[float], list[float]]:
@@ -116,19 +123,23 @@ def our_evaluations(program: Program) -> int:
     return workload.unet_evaluations(stage.step.__wrapped__, program.state, program.frozen, stage.batch)
 
 
-def measure(program: Program, compiled: Any, with_torch: bool, deadline: float) -> Iterator[dict[str, Any]]:
-    """One row of the table, as far as it has got."""
-    sides = {"torch": False, "torch.compile": True} if with_torch else {}
+def measure(
+    program: Program, compiled: Any, ours: timing.Side, sides: dict[str, bool], deadline: float
+) -> Iterator[dict[str, Any]]:
+    """One row of the table, as far as it has got. sides: as ``timing.torch_sides``."""
     evaluations = our_evaluations(program)
     theirs = {name: functools.partial(reference_side, program, evaluations, compiled=c) for name, c in sides.items()}
-    trainable = program.config.trainable
+    config = program.config
+    recomputed = ", remat" * bool(config.remat)
     row = {
-        "work": f"{MODEL.value}, {trainable}, batch {BATCH_SIZE.value}, {program.image_size} px, {DTYPE.value}",
-        "images": BATCH_SIZE.value,
+        "work": f"{MODEL.value}, {config.trainable}{recomputed}, batch {config.batch_size}, {program.image_size} px, "
+        f"{config.compute_dtype}",
+        "images": config.batch_size,
         "flops": program.stages[0].flops,
         "unet_evaluations": evaluations,
+        "peak_flops": timing.measured_peak(),
     }
-    for figures in timing.compare(our_side(program, compiled), theirs, REPEATS.value, deadline):
+    for figures in timing.compare(ours, theirs, REPEATS.value, deadline):
         yield row | figures
 
 
@@ -147,13 +158,14 @@ def main(argv):
                 continue
             settings = (trainable, BATCH_SIZE.value, DTYPE.value)
             program = workload.make_program(workload.step_settings(architecture, *settings, remat=REMAT.value))
-            compiled = compile_step(program)
-            report.add_row(measure(program, compiled, not missing, deadline))
+            compiled, _ = compile_step(program)
+            sides = timing.torch_sides(compiled=True)
+            report.add_row(measure(program, compiled, our_side(program, compiled), sides, deadline))
             evaluations = report.rows[-1]["unet_evaluations"]
             report.notes["rows that the UNets are called with in a step, on either side"] = evaluations
             if not missing:
                 checked = checked_program(program, scratch)
-                step = compiled if checked is program else compile_step(checked)
+                step = compiled if checked is program else compile_step(checked)[0]
                 differences[trainable] = largest_difference(checked, step)
                 report.notes[f"largest difference of {CHECKED_STEPS} losses, {trainable}"] = differences[trainable]
             report.write()

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,9 @@ def make_program(config: ConfigDict) -> Program:
     return build_program(config, architecture, jax.devices()[:1])
 
 
+WEIGHTS = "rbg"  # of random weights: a generator that compiles in no time
+
+
 @partial(jax.jit, static_argnames=("shape", "dtype"))
 def _uniform(key, shape, dtype, width, offset):
     return offset + jax.random.uniform(key, shape, dtype, -width, width)
@@ -91,7 +95,7 @@ def random_params(shapes: Any, seed: int = 0) -> Any:
     Layers keep the size of what goes through them: kernels are uniform with variance 1 / fan_in, norms' scales lie
     around 1, nothing is left at 0.
     """
-    key = jax.random.key(seed, impl="rbg")  # its generator compiles in no time
+    key = jax.random.key(seed, impl=WEIGHTS)
 
     def draw(keys, leaf):
         path = tuple(str(k.key) for k in keys)
@@ -101,6 +105,15 @@ def random_params(shapes: Any, seed: int = 0) -> Any:
         return _uniform(leaf_key, leaf.shape, leaf.dtype, width, float(path[-1] == "scale"))
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def compile_random(shapes: Any) -> None:
+    """Compile what ``random_params`` runs into the compilation cache, eight programs at a time."""
+    key = jax.random.key(0, impl=WEIGHTS)
+    distinct = {(leaf.shape, jnp.dtype(leaf.dtype)) for leaf in jax.tree.leaves(shapes)}
+    with ThreadPoolExecutor(8) as pool:
+        lowered = [_uniform.lower(key, *each, 1.0, 0.0) for each in distinct]
+        list(pool.map(lambda program: program.compile(), lowered))
 
 
 def random_inputs(shapes: Any, seed: int = 1) -> Any:

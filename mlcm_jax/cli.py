@@ -8,9 +8,16 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
+from mlcm_jax.compilation_cache import use_compilation_cache
 from mlcm_jax.errors import UserError
 
 EXIT_STATUS = 2
+COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    "",
+    "Folder for compiled programs, which the next start reads; off: none. Default: JAX_COMPILATION_CACHE_DIR, else "
+    "mlcm_jax/xla below the user's cache folder.",
+)
 
 
 def _fail(error: BaseException) -> NoReturn:
@@ -88,6 +95,7 @@ def run_main(main: Callable[[], Any]):
         try:
             if argv[1:]:
                 raise UserError(f"Unexpected argument {argv[1]!r}: settings are given as --name=value.")
+            use_compilation_cache(COMPILATION_CACHE.value)
             main()
         except UserError as e:
             _fail(e)

@@ -101,6 +101,7 @@ def base() -> ConfigDict:
     config.remat = True  # recompute the blocks' activations in the backward pass
     config.remat_policy = "nothing_saveable"  # what is kept all the same: a name in jax.checkpoint_policies
     config.attention = "auto"  # of the UNet: xla, cudnn (GPU), flash (TPU), or auto, what suits the devices best
+    config.unroll = 1  # transformer blocks in a turn of their loop: more make a faster step, and longer compiling
 
     # Devices
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # devices along each axis; -1: those left
@@ -207,6 +208,7 @@ _RULES = {
     "compute_dtype": _one_of("float32", "bfloat16"),
     "frozen_dtype": _one_of("float32", "bfloat16"),
     "attention": _one_of(*BACKENDS),
+    "unroll": _POSITIVE,
     "log_every": _POSITIVE,
     "checkpoint_every": _POSITIVE,
     "keep_checkpoints": _POSITIVE,

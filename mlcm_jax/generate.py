@@ -43,7 +43,7 @@ def _guidance_width(unet: Network) -> int | None:
 
 
 @partial(jax.jit, static_argnames=("module", "prediction_type", "guidance_width"))
-def _sample(
+def sampling_program(
     module,
     prediction_type,
     guidance_width,
@@ -55,6 +55,7 @@ def _sample(
     guidance_scale,
     rng,
 ):
+    """What ``sample_latents`` runs."""
     predict = partial(module.apply, variables)
     timestep_cond = None
     if guidance_width:
@@ -91,11 +92,12 @@ def sample_latents(
     scale = jnp.float32(guidance_scale) if width or guidance_scale > 1 else None
     variables = {"params": unet.params} if variables is None else variables
     args = (table.arrays, variables, latents, conditioning, unconditional, scale, noise_rng(table, rng))
-    return _sample(unet.module, table.prediction_type, width, *args)
+    return sampling_program(unet.module, table.prediction_type, width, *args)
 
 
 @partial(jax.jit, static_argnames=("module", "tile"))
-def _decode(module, params, latents, tile):
+def decoding_program(module, params, latents, tile):
+    """What ``decode`` runs."""
     whole = partial(module.apply, {"params": params}, method="decode")
 
     def one(z):
@@ -106,14 +108,14 @@ def _decode(module, params, latents, tile):
 
 
 def decode(vae: Network, latents: Latents, tiling: str = "auto") -> UInt8[np.ndarray, "n H W 3"]:
-    """Images of scaled latents: one program, one fetch; in it one image at a time, as a decoder's activations are large.
+    """Images of scaled latents, fetched at once; the program decodes one at a time: a decoder's activations are large.
 
     tiling: "on" decodes what is larger than the autoencoder's ``sample_size`` in tiles of that size, "auto" only
     pictures of more than 1024 px. Raises UserError for "on" with an AutoencoderTiny, which needs no tiles.
     """
     module: Any = vae.module
     tile = module.config.sample_size if in_tiles(vae, latents, tiling) else None
-    return np.asarray(_decode(module, vae.params, latents, tile))
+    return np.asarray(decoding_program(module, vae.params, latents, tile))
 
 
 def in_tiles(vae: Network, latents: Latents, tiling: str) -> bool:

@@ -44,7 +44,7 @@ def decode_in_tiles(
 
 
 def _decoded(decode, latents, places: list[tuple[int, int]], side: int) -> dict[tuple[int, int], Array]:
-    """The tile at each place. Tiles of a size share a loop, so that the program holds the decoder four times at most."""
+    """The tile at each place. Tiles of a size share a loop: the program holds the decoder four times at most."""
     of_size = defaultdict(dict)
     for top, left in places:
         piece = latents[:, top : top + side, left : left + side]

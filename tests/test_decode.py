@@ -68,13 +68,13 @@ def test_tiles_of_a_decoder_without_context_are_the_whole(vae):
 def test_pictures_of_a_batch_are_one_program_and_uint8_when_they_are_fetched(vae, monkeypatch):
     latents = np.random.default_rng(0).standard_normal((3, 4, 4, 4), np.float32)
     one_by_one = np.concatenate([decode(vae, latents[i : i + 1]) for i in range(3)])
-    calls, run = [], mlcm_jax.generate._decode
+    calls, run = [], mlcm_jax.generate.decoding_program
 
     def counted(*args):
         calls.append(run(*args))
         return calls[-1]
 
-    monkeypatch.setattr(mlcm_jax.generate, "_decode", counted)
+    monkeypatch.setattr(mlcm_jax.generate, "decoding_program", counted)
     images = decode(vae, latents)
     np.testing.assert_array_equal(images, one_by_one)
     (on_device,) = calls

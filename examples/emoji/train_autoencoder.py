@@ -80,9 +80,9 @@ def main():
     )
     std = latent_std(model, state.ema, data["image"][:2048])
     recon = np.concatenate(
-        [np.asarray(reconstruct(state.ema, to_float(b))) for b in np.array_split(held, len(held) // 64)]
+        [np.asarray(to_uint8(reconstruct(state.ema, to_float(b)))) for b in np.array_split(held, len(held) // 64)]
     )
-    mse = np.square((to_uint8(recon).astype(np.float64) - held) / 255.0).mean(axis=(1, 2, 3))
+    mse = np.square((recon.astype(np.float64) - held) / 255.0).mean(axis=(1, 2, 3))
     psnr = float(np.mean(-10 * np.log10(mse)))
     vae_config = {**VAE_CONFIG, "scaling_factor": 1.0 / std}
     save_params(state.ema, vae_config, out, file_name=WEIGHT_FILES["diffusers"], dtype=jnp.float16)

@@ -72,7 +72,7 @@ class BasicTransformerBlock(nn.Module):
 class Transformer2DModel(nn.Module):
     """A stack of transformer blocks over all positions, with a norm before and a residual around it.
 
-    The stack runs under nn.scan: it is compiled once, however deep it is.
+    The stack runs under nn.scan: it is compiled once, however deep it is. unroll: blocks in a turn of the loop.
     """
 
     num_layers: int
@@ -81,6 +81,7 @@ class Transformer2DModel(nn.Module):
     use_linear_projection: bool
     backend: AttentionBackend
     remat: str | None = None
+    unroll: int = 1
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -95,6 +96,7 @@ class Transformer2DModel(nn.Module):
             split_rngs={"params": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]  (flax's own marker, typed as an int)
             length=self.num_layers,
+            unroll=min(self.unroll, self.num_layers),
         )
         tokens, _ = blocks(self.heads, self.backend, self.dtype, name="transformer_blocks")(tokens, context)
         return x + self._project("proj_out", tokens.reshape(x.shape))

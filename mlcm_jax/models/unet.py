@@ -74,6 +74,7 @@ class Stage(nn.Module):
             cfg.use_linear_projection,
             cfg.attention,
             cfg.remat,
+            cfg.unroll,
             self.dtype,
             name=f"attentions_{i}",
         )(x, context)
@@ -131,14 +132,15 @@ class UNet2DConditionModel(nn.Module):
         dtype=jnp.float32,
         remat: bool | str = False,
         attention: AttentionBackend = AUTO,
+        unroll: int = 1,
     ) -> "UNet2DConditionModel":
         """Build from diffusers' config.json; remat: recompute activations in the backward pass, all of them or but for
-        what a policy of models/remat.py keeps.
+        what a policy of models/remat.py keeps. unroll: transformer blocks in a turn of their loop.
 
         Raises UserError for a setting that is not supported.
         """
         policy = REMAT_POLICIES[0] if remat is True else remat or None
-        return cls(UNetConfig.read(config, policy, attention), dtype)
+        return cls(UNetConfig.read(config, policy, attention, unroll), dtype)
 
     def with_attention(self, attention: AttentionBackend) -> "UNet2DConditionModel":
         """The same network with another implementation of attention."""

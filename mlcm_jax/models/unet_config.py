@@ -96,9 +96,12 @@ class UNetConfig:
     time_cond_proj_dim: int | None
     remat: str | None  # policy of models/remat.py; None: all activations are kept
     attention: AttentionBackend
+    unroll: int  # transformer blocks in a turn of their loop
 
     @classmethod
-    def read(cls, config: dict[str, Any], remat: str | None, attention: AttentionBackend) -> "UNetConfig":
+    def read(
+        cls, config: dict[str, Any], remat: str | None, attention: AttentionBackend, unroll: int = 1
+    ) -> "UNetConfig":
         """Validate diffusers' config.json; raises UserError for a setting that is not supported."""
         values = read_config(config, CONFIG_KEYS, CLASS_NAME)
         for key in SIZES:
@@ -116,6 +119,7 @@ class UNetConfig:
             "addition_time_embed_dim": _time_ids_width(values),
             "remat": remat,
             "attention": attention,
+            "unroll": unroll,
         }
         fields = [f.name for f in dataclasses.fields(cls)]
         return cls(**{name: read_here[name] if name in read_here else values[name] for name in fields})

@@ -100,7 +100,8 @@ def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> P
     latents = jax.ShapeDtypeStruct((config.batch_size, *latent_shape), jnp.float32, sharding=batch_sharding)
 
     attention, remat = attention_backend(config, mesh), config.remat and config.remat_policy
-    module = UNet2DConditionModel.from_config(unet.config, jnp.dtype(config.compute_dtype), remat, attention)
+    dtype = jnp.dtype(config.compute_dtype)
+    module = UNet2DConditionModel.from_config(unet.config, dtype, remat, attention, config.unroll)
     create_state = partial(_create, stages, module.apply, schedule, Shapes(teacher, conditioning, latents))
     state = jax.eval_shape(create_state, None if config.trainable == "lora" else _cast(unet.params, jnp.float32))
     pool = _place_all(state.pool, batch_sharding)
@@ -120,7 +121,7 @@ def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> P
         )
 
     # A kernel's products are not seen in the jaxpr, and those that only save memory are no work for an example.
-    counted = UNet2DConditionModel.from_config(unet.config, jnp.dtype(config.compute_dtype), attention=XLA)
+    counted = UNet2DConditionModel.from_config(unet.config, dtype, attention=XLA)
     compiled, programs = {}, []
     for stage in stages:
         batch = _batch_shapes(stage.config, conditioning, latents, replicated, auxiliary)

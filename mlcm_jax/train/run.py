@@ -44,6 +44,7 @@ MAY_CHANGE = (
     "sample",
     "mesh",
     "attention",
+    "unroll",
 )
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
