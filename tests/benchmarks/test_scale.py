@@ -1,0 +1,63 @@
+"""benchmarks/scale.py: it goes on where it stopped, and tells what does not fit."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from absl import flags
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import scale
+
+FIGURES = {"arguments_gb": 2.26, "temporaries_gb": 1.5, "used_gb": 3.78, "compile_cpu_seconds": 150}
+FITS_UP_TO = 4  # images a chip
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """A stand-in for launch/compile.py; returns the commands that it was given."""
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        given = dict(word[2:].partition("=")[::2] for word in command if word.startswith("--"))
+        if int(given["config.batch_size"]) > FITS_UP_TO * scale.CHIPS[given["topology"]]:
+            return SimpleNamespace(returncode=2, stderr="a warning\nerror: The step of stage 1 does not fit.\n")
+        Path(given["out"]).write_text(json.dumps(FIGURES | {"collectives_gb": {"all-gather": 20.0, "all-reduce": 0.5}}))
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(scale.subprocess, "run", run)
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["scale"])
+    return commands
+
+
+def test_rows_are_written_once_and_doubled_until_they_do_not_fit(compiled, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "scale.jsonl"
+    for name, value in {"out": str(out), "rows": "v5e:4x4, full, trajectories", "largest": True}.items():
+        monkeypatch.setattr(flags.FLAGS[name], "value", value)
+    scale.main([])
+    assert [row["per_chip"] for row in scale.read_rows(out).values()] == [1, 2, 4, 8]
+    assert "--memory_only" in compiled[0] and "--stage=1" in compiled[0]
+    scale.main([])
+    assert len(compiled) == 4, "what is there is not compiled again"
+    capsys.readouterr()
+    monkeypatch.setattr(flags.FLAGS["markdown"], "value", True)
+    scale.main([])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "| v5e:4x4 | full | trajectories | 1 | 2.26 | 1.50 | 3.78 | 20.5 | 2.5 min |"
+    assert "does not fit" in lines[-1]
+
+
+def test_every_row_is_a_configuration_with_that_stage():
+    from configs.sdxl import get_config
+
+    rows = scale.wanted()
+    assert len({row.name for row in rows}) == len(rows) == len(scale.STAGES) * len(scale.CHIPS) * 2
+    for row in rows:
+        given = dict(word[2:].partition("=")[::2] for word in row.arguments())
+        config = get_config(given["config"].split(":")[1])
+        assert int(given["stage"]) <= 1 + len(config.stages)
+        assert given.get("config.trainable", config.trainable) == row.trainable
