@@ -76,7 +76,8 @@ def make_chunk(loss_fn: LossFn, config: ConfigDict) -> Callable:
         return update(state, batch, loss_fn, optimizer, seed=config.seed, ema_decay=decay, scale=rate)
 
     def chunk(state: TrainState, rates: Float[Array, " k"], data: Rows, cumulative: Float[Array, " n"]):
-        state, metrics = jax.lax.scan(partial(one, data, cumulative), state, rates)
+        # One step needs no loop: XLA's convolutions on a CPU are many times slower within one.
+        state, metrics = jax.lax.scan(partial(one, data, cumulative), state, rates, unroll=len(rates) == 1)
         return state, jax.tree.map(jnp.mean, metrics)
 
     return chunk
