@@ -16,6 +16,7 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -40,6 +41,7 @@ BUFFERS, PROGRAM, FITS = (
     f"*.after_optimizations{name}.txt" for name in ("-buffer-assignment", "", "_after_buffer_assignment")
 )
 POLL_SECONDS = 0.2
+STACK_BYTES = 2**30  # the compiler's recursion at SDXL's size; only what is used takes memory
 
 # generation: (prefix of the accelerator type, HBM of a chip in GB)
 GENERATIONS = {
@@ -91,6 +93,7 @@ def assign_buffers(lowered, name: str) -> tuple[StepMemory, str]:
     Nothing stops the compiler: it goes on in its thread until ``leave`` ends the process. Raises UserError when the
     step does not fit into a chip's memory.
     """
+    jax.config.update("jax_enable_compilation_cache", False)  # a compiled step from there has no such output
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         raised: list[Exception] = []
@@ -101,6 +104,7 @@ def assign_buffers(lowered, name: str) -> tuple[StepMemory, str]:
             except Exception as error:
                 raised.append(error)
 
+        threading.stack_size(STACK_BYTES)
         compiler = threading.Thread(target=work, daemon=True)
         compiler.start()
         dump = Path(folder)
