@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 from jaxtyping import Array, Float, Int
 
 from mlcm_jax.errors import UserError
@@ -25,8 +26,7 @@ def encode_prompts(pipeline: Pipeline, prompts: Sequence[str], image_size: int) 
 
     Raises UserError when a tokenizer makes longer rows, or other ids, than its text encoder has embeddings for.
     """
-    pairs = zip(pipeline.tokenizers, pipeline.text_encoders, strict=True)
-    tokens = [_checked_tokens(tokenizer, encoder, prompts) for tokenizer, encoder in pairs]
+    tokens = tokenize_prompts(pipeline, prompts)
     if len(prompts) <= CHUNK:
         return _conditioning(pipeline, tokens, image_size)
     padded = [np.concatenate([t, t[: -len(t) % CHUNK]]) for t in tokens]
@@ -35,6 +35,23 @@ def encode_prompts(pipeline: Pipeline, prompts: Sequence[str], image_size: int) 
         for i in range(0, len(padded[0]), CHUNK)
     ]
     return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(prompts)], *chunks)
+
+
+def tokenize_prompts(pipeline: Pipeline, prompts: Sequence[str]) -> list[Int[np.ndarray, "n tokens"]]:
+    """The prompts as each text encoder of the pipeline reads them; errors are ``encode_prompts``'s."""
+    pairs = zip(pipeline.tokenizers, pipeline.text_encoders, strict=True)
+    return [_checked_tokens(tokenizer, encoder, prompts) for tokenizer, encoder in pairs]
+
+
+def encode_tokens(
+    pipeline: Pipeline,
+    tokens: Sequence[Int[Array | np.ndarray, "n tokens"]],
+    placement: Sharding | None = None,
+) -> tuple[Float[Array, "n tokens d"], Float[Array, "n p"]]:
+    """Token states and pooled states of what ``tokenize_prompts`` made, in one program. placement: of the results."""
+    modules = tuple(encoder.module for encoder in pipeline.text_encoders)
+    params = [encoder.params for encoder in pipeline.text_encoders]
+    return _encode(modules, _is_sdxl(pipeline), placement, params, list(tokens))
 
 
 def unconditional(pipeline: Pipeline, n: int, image_size: int, negative_prompt: str = "") -> TextConditioning:
@@ -84,14 +101,18 @@ def _is_sdxl(pipeline: Pipeline) -> bool:
 
 
 def _conditioning(pipeline: Pipeline, tokens: list[np.ndarray], image_size: int) -> TextConditioning:
-    modules = tuple(encoder.module for encoder in pipeline.text_encoders)
-    params = [encoder.params for encoder in pipeline.text_encoders]
-    states, pooled = _encode(modules, _is_sdxl(pipeline), params, tokens)
-    return TextConditioning(states, pooled, time_ids(len(tokens[0]), image_size))
+    return TextConditioning(*encode_tokens(pipeline, tokens), time_ids(len(tokens[0]), image_size))
 
 
-@partial(jax.jit, static_argnames=("modules", "penultimate"))
-def _encode(modules: tuple, penultimate: bool, params: list[Params], tokens: list[Int[Array, "n tokens"]]):
+@partial(jax.jit, static_argnames=("modules", "penultimate", "placement"))
+def _encode(
+    modules: tuple,
+    penultimate: bool,
+    placement: Sharding | None,
+    params: list[Params],
+    tokens: list[Int[Array | np.ndarray, "n tokens"]],
+):
     outputs = [m.apply({"params": p}, t) for m, p, t in zip(modules, params, tokens, strict=True)]
     states = [out.penultimate if penultimate else out.last_hidden_state for out in outputs]
-    return jnp.concatenate(states, axis=-1), outputs[-1].pooled
+    encoded = jnp.concatenate(states, axis=-1), outputs[-1].pooled
+    return encoded if placement is None else jax.lax.with_sharding_constraint(encoded, placement)

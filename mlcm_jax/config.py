@@ -28,7 +28,9 @@ def base() -> ConfigDict:
     config.teacher_revision = ""  # of a hub id: branch, tag or commit; "": the newest
     config.architecture = ""  # folder of config.json files that stands in for an absent teacher in plans; "": none.
     # A teacher that is a single file takes its settings and tokenizers from there.
-    config.prompts = ""  # text file, one prompt a line
+    config.prompts = ""  # text file, one prompt a line; .jsonl, .csv, .parquet; tfds:NAME[:SPLIT]; here or at gs://
+    config.prompts_column = ""  # of a table or data set; "": the one named prompt, caption or text
+    config.text_states = ""  # file of launch/encode.py --text_only, instead of text encoders; "": encode in training
     config.latents = ""  # file of launch/encode.py, one for each prompt, for states made of data
     config.image_size = 0  # height and width in pixels; 0: what the teacher's config.json says
 

@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from mlcm_jax.errors import UserError
 
@@ -92,6 +94,32 @@ def split_batch(tree: Any, mesh: Mesh | None) -> Any:
         return jax.lax.with_sharding_constraint(a, NamedSharding(mesh, PartitionSpec(BATCH_AXES, *others)))
 
     return jax.tree.map(split, tree)
+
+
+def local_rows(sharding: NamedSharding, n: int) -> Int[np.ndarray, " m"]:
+    """Rows of a batch of n, in order, that the devices of this process hold."""
+    slices = {index[0].indices(n)[:2] for index in sharding.addressable_devices_indices_map((n,)).values() if index}
+    return np.concatenate([np.arange(start, stop) for start, stop in sorted(slices)])
+
+
+def from_local_rows(sharding: NamedSharding, values: np.ndarray) -> jax.Array:
+    """The batch whose rows on this process's devices, in order, are ``values``; each process gives its own."""
+    parts = math.prod(sharding.mesh.shape[axis] for axis in BATCH_AXES)
+    mine = local_rows(sharding, parts)
+    each = len(values) // len(mine)
+
+    def shard(index: Any) -> np.ndarray:
+        start, stop, _ = index[0].indices(parts * each)
+        first = int(np.searchsorted(mine, start // each)) * each
+        return values[first : first + stop - start]
+
+    return jax.make_array_from_callback((parts * each, *values.shape[1:]), sharding, shard)
+
+
+def from_equal_values(sharding: NamedSharding, value: Any) -> jax.Array:
+    """A replicated array of what every process gives alike; unlike jax.device_put, none asks the others for it."""
+    value = np.asarray(value)
+    return jax.make_array_from_callback(value.shape, sharding, lambda _: value)
 
 
 def param_shardings(

@@ -1,33 +1,97 @@
-"""Prompt files: one prompt a line; the order they are taken in is a pure function of the seed."""
+"""Where prompts come from, a row at a time, and the order they are taken in: a pure function of the seed.
 
-from collections.abc import Iterable
+A place is a text file (a prompt a line), a .jsonl, .csv or .parquet file with a column of text, here or at gs://, or
+``tfds:NAME`` (data/tfds_text.py). A row can hold several texts for the same thing, as captions of a picture.
+"""
+
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
+from etils import epath
 
+from mlcm_jax.data.columns import SUFFIXES, read_column
+from mlcm_jax.data.tfds_text import PREFIX, TfdsText
 from mlcm_jax.errors import UserError
 
 
-def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a text file, blank lines left out; raises UserError when there is no file or no prompt in it."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"The prompt file {path} does not exist: name a text file with one prompt a line.")
+class TextSource(Protocol):
+    """Rows of texts that are read as they are asked for; a row has one text or more."""
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, rows: Sequence[int]) -> list[Sequence[str]]: ...
+
+
+class TextLines:
+    """Rows of one text each, in memory."""
+
+    def __init__(self, lines: list[str]):
+        self._lines = lines
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitems__(self, rows: Sequence[int]) -> list[Sequence[str]]:
+        return [(self._lines[i],) for i in rows]
+
+
+def open_prompts(place: str, column: str = "") -> TextSource:
+    """The prompts of a place. column: of a table or data set; "": the one that is named like prompts are.
+
+    Raises UserError for a place that does not exist, cannot be read or holds no prompt, and for a column that is not
+    there or holds no text.
+    """
+    place = str(place)
+    if place.startswith(PREFIX):
+        return TfdsText(place, column)
+    path = epath.Path(place)
+    try:
+        exists = path.exists() and not path.is_dir()
+    except (ImportError, OSError) as e:
+        raise UserError(f"{place} cannot be reached ({' '.join(str(e).split())[:150]}).") from None
+    if not exists:
+        raise UserError(f"The prompt file {place} does not exist: name a text file with one prompt a line.")
+    if path.suffix in SUFFIXES:
+        return read_column(path, column)
+    if column:
+        raise UserError(f"{place} has no columns: leave prompts_column empty, or name a .jsonl, .csv or .parquet file.")
+    return _text_file(path)
+
+
+def read_prompts(place: str, column: str = "") -> list[str]:
+    """All prompts of a place, in memory; of a row with several texts the first. Errors are ``open_prompts``'s."""
+    source = open_prompts(place, column)
+    return [texts[0] for texts in source.__getitems__(range(len(source)))]
+
+
+def _text_file(path: epath.Path) -> TextLines:
     try:
         prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError:
         raise UserError(f"The prompt file {path} is not UTF-8 text: write one prompt a line.") from None
     if not prompts:
         raise UserError(f"The prompt file {path} is empty: write one prompt a line.")
-    return prompts
+    return TextLines(prompts)
 
 
-def shuffled(positions: Iterable[int], n: int, seed: int) -> list[int]:
-    """The numbers of the prompts at positions of an endless stream, which walks through all n in a new random order
-    each time; any position can be asked for."""
+class Place(NamedTuple):
+    """A row of the source, and how often the stream has walked through all rows before."""
+
+    row: int
+    epoch: int
+
+    def turn(self, num_texts: int) -> int:
+        """Which of a row's texts is meant: each walk takes the next."""
+        return self.epoch % num_texts
+
+
+def shuffled(positions: Iterable[int], n: int, seed: int) -> list[Place]:
+    """Where the positions of an endless stream lie, which walks through all n rows in a new random order each time;
+    any position can be asked for."""
     epochs = (divmod(int(position), n) for position in positions)
-    return [int(_order(seed, epoch, n)[index]) for epoch, index in epochs]
+    return [Place(int(_order(seed, epoch, n)[index]), epoch) for epoch, index in epochs]
 
 
 @lru_cache(maxsize=4)  # trajectories of a few epochs can be under way at a time

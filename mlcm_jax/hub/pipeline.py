@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +157,7 @@ def load_pipeline(
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
     shardings: ShardingRule | None = None,
+    parts: Collection[str] | None = None,
 ) -> Pipeline:
     """Read a StableDiffusionXLPipeline or StableDiffusionPipeline: a folder, a hub id or a single .safetensors file.
 
@@ -164,6 +165,7 @@ def load_pipeline(
       architecture, variant, revision: as ``hub.fetch.find_model`` takes them.
       dtype: compute dtype of all networks. param_dtype: of their parameters; None keeps the files'.
       shardings: called with a component's name and its tree of shapes; None puts everything on one device.
+      parts: folders of the networks whose weights are read; the others' parameters are ShapeDtypeStructs. None: all.
 
     Raises UserError for a wrong path, an unsupported pipeline or setting, a missing part and unfit weights.
     """
@@ -181,6 +183,8 @@ def load_pipeline(
     tokenizers = tuple(load_tokenizer(folder / part, model_index[part][1]) for part in tokenizer_parts)
     networks = {
         part: load_part(source, part, model_index, dtype=dtype, param_dtype=param_dtype, shardings=shardings)
+        if parts is None or part in parts
+        else describe_network(folder / part, model_index[part][1], dtype)
         for part in ("unet", "vae", *encoders)
     }
     return Pipeline(

@@ -4,7 +4,7 @@ host, so that a resumed run goes on with the same rows and nothing of them is sa
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
 
 from mlcm_jax.distill.segments import jumps_to_first_segment
@@ -30,6 +30,19 @@ def rows_at(stages: tuple[Stage, ...], step: int) -> Rows:
     return Rows(jumps, before + prompts, guidance_scales(stage.config, before + prompts))
 
 
+def trajectory_length(stage: Stage) -> int:
+    """Steps that a row stays with its prompt. A streamed trajectory is M + 1 states long, the noise and one in each
+    segment, or M at milestones, where the noise is the first segment's."""
+    if stage.config.states != "streaming":
+        return 1
+    return stage.config.num_segments + jumps_to_first_segment(stage.config.timesteps)
+
+
+def begins(stage: Stage, rows: Rows) -> Bool[np.ndarray, " n"]:
+    """Which rows take a prompt that the step before did not have."""
+    return rows.jumps == 0 if stage.config.states == "streaming" else np.ones(len(rows.jumps), bool)
+
+
 def guidance_scales(config: ConfigDict, prompts: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """The scale of each position in the stream: constant along a trajectory, uniform where a range is given."""
     low, high = config.guidance_scale, config.guidance_scale_max or config.guidance_scale
@@ -39,9 +52,8 @@ def guidance_scales(config: ConfigDict, prompts: Int[np.ndarray, " n"]) -> Float
 
 def _streaming(stage: Stage, s: int) -> tuple[np.ndarray, np.ndarray]:
     """Row j's trajectory ends j steps (modulo its length) early the first time: afterwards every place is equally
-    often in a batch. A trajectory is M + 1 states long, the noise and one in each segment, or M at milestones, where
-    the noise is the first segment's."""
-    length = stage.config.num_segments + jumps_to_first_segment(stage.config.timesteps)
+    often in a batch."""
+    length = trajectory_length(stage)
     row = np.arange(stage.config.batch_size)
     turn = s + row % length
     jumps = np.minimum(s, turn % length)

@@ -1,6 +1,7 @@
 """One distillation run from its configuration: plan, weights, loop, pictures, figures, export."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,9 @@ from ml_collections import ConfigDict
 
 from mlcm_jax import sharding
 from mlcm_jax.checkpoint import Checkpoints, latest_step
-from mlcm_jax.conditioning import unconditional
 from mlcm_jax.config import base, validate
 from mlcm_jax.data.latents import LatentFile
-from mlcm_jax.data.prompts import read_prompts
+from mlcm_jax.data.prompts import open_prompts, read_prompts
 from mlcm_jax.errors import UserError
 from mlcm_jax.export import export
 from mlcm_jax.hub.fetch import resolve_lora
@@ -31,6 +31,7 @@ from mlcm_jax.train.metrics import read_metrics
 from mlcm_jax.train.program import Program, attention_backend, build_program
 from mlcm_jax.train.stages import read_stages
 from mlcm_jax.train.step import Frozen
+from mlcm_jax.train.texts import Texts, open_states, read_texts
 from mlcm_jax.train.viewer import Viewer
 from mlcm_jax.types import Params
 
@@ -60,20 +61,22 @@ def distill(config: ConfigDict, workdir: str | Path, *, plan_only: bool = False,
     _check_resume(config, workdir)
     for stage in read_stages(config):
         validate(stage.config)
-    prompts, grid_prompts = read_prompts(config.prompts), read_prompts(config.sample.prompts)
+    prompts, sample_prompts = open_prompts(config.prompts, config.prompts_column), read_prompts(config.sample.prompts)
     program = build_program(config, describe_teacher(config, weights_needed=not (plan_only or compile_only)))
     latents = None
     if config.latents:
         latents = LatentFile(config.latents, n=len(prompts), latent_shape=program.latent_shape)
+    states = open_states(program, prompts, sample_prompts)
     print(program.plan, flush=True)
     if plan_only:
         return
     executables = compile_steps(program, latest_step(workdir / CHECKPOINTS) or 0)
     if compile_only:
         return
-    pipeline = load_teacher(program, jnp.dtype(config.frozen_dtype))
-    feed = Feed(program, pipeline, prompts, latents)
-    trained = train(program, executables, pipeline, feed, grid_prompts, workdir)
+    pipeline = load_teacher(program, jnp.dtype(config.frozen_dtype), with_text=states is None)
+    texts = read_texts(program, pipeline, sample_prompts, states)
+    with closing(Feed(program, pipeline, prompts, latents, states)) as feed:
+        trained = train(program, executables, pipeline, feed, texts, workdir)
     del pipeline
     export(load_teacher(program, None), trained, config, workdir / "export", format="diffusers")
     print(f"The student is in {workdir / 'export'}, its pictures are in {workdir / 'samples'}.")
@@ -94,8 +97,12 @@ def _files(config: ConfigDict) -> dict[str, str | None]:
     return {name: config[key] or None for name, key in keys.items()}
 
 
-def load_teacher(program: Program, param_dtype: Any) -> Pipeline:
-    """The teacher's pipeline on the program's mesh; param_dtype: None keeps the files' dtypes, as an export should."""
+def load_teacher(program: Program, param_dtype: Any, *, with_text: bool = True) -> Pipeline:
+    """The teacher's pipeline on the program's mesh.
+
+    param_dtype: None keeps the files' dtypes, as an export should. with_text: whether the text encoders' weights are
+    read.
+    """
     config = program.config
 
     def shardings(_part, shapes):
@@ -107,6 +114,7 @@ def load_teacher(program: Program, param_dtype: Any) -> Pipeline:
         dtype=jnp.dtype(config.compute_dtype),
         param_dtype=param_dtype,
         shardings=shardings,
+        parts=None if with_text else ("unet", "vae"),
     )
     return pipeline.with_attention(attention_backend(config, program.mesh))
 
@@ -116,7 +124,7 @@ def train(
     executables: Executables,
     pipeline: Pipeline,
     feed: Feed,
-    grid_prompts: list[str],
+    texts: Texts,
     workdir: Path,
 ) -> Params:
     """Train to the last step; returns the trained parameters (their moving average where one is kept)."""
@@ -125,13 +133,10 @@ def train(
     write_json(json.loads(config.to_json()), workdir / CONFIG_FILE)
     frozen = Frozen(
         pipeline.unet.params,
-        jax.device_put(
-            unconditional(pipeline, 1, program.image_size, config.negative_prompt),
-            jax.tree.map(lambda a: a.sharding, program.frozen.unconditional),
-        ),
+        texts.unconditional,
         program.auxiliary.placed(program.frozen.auxiliary, pipeline.vae),
     )
-    viewer = Viewer(program, pipeline, grid_prompts)
+    viewer = Viewer(program, pipeline, texts)
 
     state = loop.run(
         program.init_state(starting_weights(program, pipeline)),

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from mlcm_jax.conditioning import encode_prompts, unconditional
 from mlcm_jax.export import ddim_scheduler_config, student_scheduler_config, told_network
 from mlcm_jax.generate import decode, draw_noise, latent_distance, sample_latents
 from mlcm_jax.hub.pipeline import Network, Pipeline
@@ -17,17 +16,18 @@ from mlcm_jax.images import image_grid
 from mlcm_jax.pictures import labelled_grid, plot_closeness
 from mlcm_jax.train.program import Program
 from mlcm_jax.train.state import TrainState, student_variables
+from mlcm_jax.train.texts import Texts
 
 
 class Viewer:
     """Draws the same pictures again and again: fixed prompts, fixed noise."""
 
-    def __init__(self, program: Program, pipeline: Pipeline, prompts: list[str]):
-        config, n = program.config, len(prompts)
+    def __init__(self, program: Program, pipeline: Pipeline, texts: Texts):
+        config, n = program.config, len(texts.sample.pooled)
         self._program, self._pipeline, self._sample = program, pipeline, config.sample
         self._noise = draw_noise(config.seed, n, program.latent_shape)
-        self._conditioning = encode_prompts(pipeline, prompts, program.image_size)
-        self._unconditional = unconditional(pipeline, n, program.image_size, config.negative_prompt)
+        self._conditioning = texts.sample
+        self._unconditional = jax.tree.map(lambda row: jnp.broadcast_to(row, (n, *row.shape[1:])), texts.unconditional)
         self._reference, self._preview_vae = None, pipeline.vae
         if config.sample.preview_vae:
             self._preview_vae = load_vae(config.sample.preview_vae, pipeline, dtype=jnp.dtype(config.compute_dtype))

@@ -8,11 +8,13 @@ import pytest
 from small_runs import settings
 from tiny_models import randomise
 
+from mlcm_jax.conditioning import encode_prompts, unconditional
 from mlcm_jax.errors import UserError
 from mlcm_jax.generate import decode
 from mlcm_jax.hub.pipeline import load_pipeline
 from mlcm_jax.hub.vae import load_vae
 from mlcm_jax.images import image_grid
+from mlcm_jax.train.texts import Texts
 from mlcm_jax.train.viewer import Viewer
 
 LATENTS = np.random.default_rng(0).standard_normal((3, 1, 16, 16, 4), np.float32)
@@ -30,7 +32,8 @@ def viewer(pipeline, preview_vae, monkeypatch):
     monkeypatch.setattr(Viewer, "reference", lambda self: LATENTS[0])
     monkeypatch.setattr(Viewer, "student", lambda self, state, num_steps: LATENTS[num_steps])
     program = SimpleNamespace(config=config, latent_shape=(16, 16, 4), image_size=32)
-    return Viewer(program, pipeline, ["red heart"])
+    texts = Texts(unconditional(pipeline, 1, 32), encode_prompts(pipeline, ["red heart"], 32))
+    return Viewer(program, pipeline, texts)
 
 
 def test_grids_on_the_way_come_from_the_preview_autoencoder(pipeline, tmp_path, monkeypatch):
