@@ -1,5 +1,7 @@
 """The flags by which a program is told its model, where there is one."""
 
+from collections.abc import Collection
+
 import jax.numpy as jnp
 from absl import flags
 
@@ -13,12 +15,16 @@ VARIANT = flags.DEFINE_string("variant", None, "Of the weights files, such as fp
 REVISION = flags.DEFINE_string("revision", None, "Of a hub id: branch, tag or commit.")
 
 
-def load_model(dtype: str = "float32") -> Pipeline:
-    """The pipeline that the flags name, to be computed in ``dtype``; raises UserError as ``load_pipeline`` does."""
+def load_model(
+    dtype: str = "float32", param_dtype: str | None = None, parts: Collection[str] | None = None
+) -> Pipeline:
+    """The pipeline that the flags name, to be computed in ``dtype``; the rest and errors are ``load_pipeline``'s."""
     return load_pipeline(
         str(MODEL.value),
         architecture=ARCHITECTURE.value,
         variant=VARIANT.value,
         revision=REVISION.value,
         dtype=jnp.dtype(dtype),
+        param_dtype=param_dtype and jnp.dtype(param_dtype),
+        parts=parts,
     )

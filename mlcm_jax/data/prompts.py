@@ -6,6 +6,7 @@ A place is a text file (a prompt a line), a .jsonl, .csv or .parquet file with a
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -37,7 +38,7 @@ class TextLines:
         return [(self._lines[i],) for i in rows]
 
 
-def open_prompts(place: str, column: str = "") -> TextSource:
+def open_prompts(place: str | Path, column: str = "") -> TextSource:
     """The prompts of a place. column: of a table or data set; "": the one that is named like prompts are.
 
     Raises UserError for a place that does not exist, cannot be read or holds no prompt, and for a column that is not
@@ -60,7 +61,7 @@ def open_prompts(place: str, column: str = "") -> TextSource:
     return _text_file(path)
 
 
-def read_prompts(place: str, column: str = "") -> list[str]:
+def read_prompts(place: str | Path, column: str = "") -> list[str]:
     """All prompts of a place, in memory; of a row with several texts the first. Errors are ``open_prompts``'s."""
     source = open_prompts(place, column)
     return [texts[0] for texts in source.__getitems__(range(len(source)))]

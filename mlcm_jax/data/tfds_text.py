@@ -35,12 +35,12 @@ class TfdsText:
         builder = _prepared(match["name"])
         features = builder.info.features
         paths = {"/".join(path): path for path in _text_features(features)}
-        self._path = paths[choose_column(place, list(paths), column)]
+        self._path = paths[choose_column(place, sorted(paths), column)]
         split = match["split"] or DEFAULT_SPLIT
         if split.partition("[")[0] not in builder.info.splits:
             known = ", ".join(builder.info.splits)
             raise UserError(f"{place} has no split {split!r}: it has {known}; write tfds:NAME:SPLIT.")
-        skipped = {name: tfds.decode.SkipDecoding() for name in features if name != self._path[0]}
+        skipped = {name: _skip(feature) for name, feature in features.items() if name != self._path[0]}
         try:
             self._source = builder.as_data_source(split, decoders=skipped)
         except (NotImplementedError, ValueError) as e:
@@ -81,3 +81,12 @@ def _text_features(feature: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[s
     elif isinstance(feature, tfds.features.FeaturesDict):
         for name, inner in feature.items():
             yield from _text_features(inner, (*path, name))
+
+
+def _skip(feature: Any) -> Any:
+    """What tells tfds not to decode a feature, pictures above all; without TensorFlow sequences are always decoded."""
+    if isinstance(feature, tfds.features.Sequence):
+        return None
+    if isinstance(feature, tfds.features.FeaturesDict):
+        return {name: _skip(inner) for name, inner in feature.items()}
+    return tfds.decode.SkipDecoding()

@@ -23,9 +23,10 @@ from mlcm_jax.hub.tensor_reader import find_weights, read_json
 from mlcm_jax.models.attention_backend import AttentionBackend
 from mlcm_jax.types import TextConditioning
 
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # of which a pipeline may have the first alone
 # pipeline class: (text encoders, tokenizers), in the order in which their states are joined
 PIPELINES = {
-    "StableDiffusionXLPipeline": (("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")),
+    "StableDiffusionXLPipeline": (TEXT_ENCODERS, ("tokenizer", "tokenizer_2")),
     "StableDiffusionPipeline": (("text_encoder",), ("tokenizer",)),
 }
 WEIGHT_FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}

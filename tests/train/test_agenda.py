@@ -137,7 +137,10 @@ def test_a_stage_may_have_its_own_guidance_in_the_same_program():
 
 
 def test_every_walk_through_the_prompts_holds_each_once_in_another_order():
-    walks = [shuffled(range(10 * i, 10 * i + 10), 10, seed=4) for i in range(3)]
+    def rows(positions, seed=4):
+        return [place.row for place in shuffled(positions, 10, seed)]
+
+    walks = [rows(range(10 * i, 10 * i + 10)) for i in range(3)]
     assert all(sorted(w) == list(range(10)) for w in walks) and walks[0] != walks[1] != walks[2]
-    assert shuffled([25, 3], 10, seed=4) == [walks[2][5], walks[0][3]]
-    assert shuffled(range(10), 10, seed=5) != walks[0]
+    assert shuffled([25, 3], 10, seed=4) == [(walks[2][5], 2), (walks[0][3], 0)]
+    assert rows(range(10), seed=5) != walks[0]
