@@ -13,8 +13,9 @@ import numpy as np
 from etils import epath
 
 from mlcm_jax.data.columns import SUFFIXES, read_column
-from mlcm_jax.data.tfds_text import PREFIX, TfdsText
 from mlcm_jax.errors import UserError
+
+TFDS = "tfds:"
 
 
 class TextSource(Protocol):
@@ -45,8 +46,10 @@ def open_prompts(place: str | Path, column: str = "") -> TextSource:
     there or holds no text.
     """
     place = str(place)
-    if place.startswith(PREFIX):
-        return TfdsText(place, column)
+    if place.startswith(TFDS):
+        from mlcm_jax.data.tfds_text import TfdsText  # importing TensorFlow Datasets takes a second
+
+        return TfdsText(place.removeprefix(TFDS), column)
     path = epath.Path(place)
     try:
         exists = path.exists() and not path.is_dir()

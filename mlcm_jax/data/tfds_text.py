@@ -13,7 +13,6 @@ from tensorflow_datasets.core.registered import DatasetNotFoundError
 from mlcm_jax.data.columns import choose_column
 from mlcm_jax.errors import UserError
 
-PREFIX = "tfds:"
 DEFAULT_SPLIT = "train"
 _PLACE = re.compile(r"(?P<name>.+?)(:(?P<split>[a-zA-Z_]\w*(\[[^\]]*\])?))?")
 
@@ -21,7 +20,7 @@ _PLACE = re.compile(r"(?P<name>.+?)(:(?P<split>[a-zA-Z_]\w*(\[[^\]]*\])?))?")
 class TfdsText:
     """Rows of a split, read from disk as they are asked for; a row whose feature is a sequence has several texts.
 
-    place: tfds:NAME, NAME as tfds takes it (coco_captions, coco_captions/2014:1.1.0) or the folder of a prepared
+    place: NAME, as tfds takes it (coco_captions, coco_captions/2014:1.1.0) or the folder of a prepared
     version, and :SPLIT where it is not train (:validation, :train[:1000]). column: path of the feature, such as
     captions/text. Data sets are looked for where tfds keeps them, the variable TFDS_DATA_DIR.
 
@@ -29,24 +28,24 @@ class TfdsText:
     """
 
     def __init__(self, place: str, column: str):
-        match = _PLACE.fullmatch(place.removeprefix(PREFIX))
+        match = _PLACE.fullmatch(place)
         if match is None:
-            raise UserError(f"{place!r} names no data set: write tfds:NAME or tfds:NAME:SPLIT.")
-        builder = _prepared(match["name"])
+            raise UserError("tfds: names no data set: write tfds:NAME or tfds:NAME:SPLIT.")
+        builder, said = _prepared(match["name"]), f"tfds:{place}"
         features = builder.info.features
         paths = {"/".join(path): path for path in _text_features(features)}
-        self._path = paths[choose_column(place, sorted(paths), column)]
+        self._path = paths[choose_column(said, sorted(paths), column)]
         split = match["split"] or DEFAULT_SPLIT
         if split.partition("[")[0] not in builder.info.splits:
             known = ", ".join(builder.info.splits)
-            raise UserError(f"{place} has no split {split!r}: it has {known}; write tfds:NAME:SPLIT.")
+            raise UserError(f"{said} has no split {split!r}: it has {known}; write tfds:NAME:SPLIT.")
         skipped = {name: _skip(feature) for name, feature in features.items() if name != self._path[0]}
         try:
             self._source = builder.as_data_source(split, decoders=skipped)
         except (NotImplementedError, ValueError) as e:
-            raise UserError(f"{place} cannot be read ({' '.join(str(e).split())[:200]}).") from None
+            raise UserError(f"{said} cannot be read ({' '.join(str(e).split())[:200]}).") from None
         if not len(self._source):
-            raise UserError(f"{place} is empty: name another split.")
+            raise UserError(f"{said} is empty: name another split.")
 
     def __len__(self) -> int:
         return len(self._source)

@@ -1,0 +1,36 @@
+"""A trace of a few steps for TensorBoard's profiler or Perfetto."""
+
+import re
+from pathlib import Path
+
+import jax
+
+from mlcm_jax.errors import UserError
+
+
+class Profile:
+    """Traces steps first <= step < stop (1 is the run's first step) into ``folder``."""
+
+    def __init__(self, first: int, stop: int, folder: str | Path):
+        self._first, self._stop, self._folder = first, stop, folder
+
+    def begins(self, step: int) -> bool:
+        return step == self._first
+
+    def ends(self, step: int) -> bool:
+        return step == self._stop - 1
+
+    def start(self) -> None:
+        jax.profiler.start_trace(str(self._folder))
+
+    def stop(self) -> None:
+        """Write the trace; what is still to run on the devices has to be waited for before."""
+        jax.profiler.stop_trace()
+
+
+def parse_steps(value: str) -> tuple[int, int]:
+    """10:13 as (10, 13); raises UserError for what is no such range."""
+    match = re.fullmatch(r"(\d+):(\d+)", value)
+    if match is None or not 1 <= int(match[1]) < int(match[2]):
+        raise UserError(f"--profile_steps={value} is no range of steps: write FIRST:STOP, such as 10:13 for 10, 11, 12.")
+    return int(match[1]), int(match[2])
