@@ -1,4 +1,5 @@
-"""Floating-point operations of a function, counted on its jaxpr: nothing is compiled, and loops count in full."""
+"""Floating-point operations: those of a function, counted on its jaxpr (nothing is compiled, and loops count in full),
+and those that a device can do."""
 
 import math
 from collections.abc import Callable
@@ -6,6 +7,33 @@ from typing import Any
 
 import jax
 from jax.extend import core
+
+# FLOP/s of dense bfloat16 products by the start of jax's device_kind, as the vendors' data sheets have them.
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA GH200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "TPU v4": 275e12,
+    "TPU v5": 459e12,  # v5p calls itself so
+    "TPU v5p": 459e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+
+def peak_flops(device: Any) -> float | None:
+    """FLOP/s of dense bfloat16 products that a device can do by its data sheet; None where none is known."""
+    words = device.device_kind.replace("-", " ") + " "
+    kinds = [kind for kind in PEAK_FLOPS if words.startswith(kind + " ")]
+    return PEAK_FLOPS[max(kinds, key=len)] if kinds else None
 
 
 def count_flops(fn: Callable, *args: Any, while_trips: float = 1.0) -> float:

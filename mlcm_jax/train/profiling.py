@@ -32,5 +32,5 @@ def parse_steps(value: str) -> tuple[int, int]:
     """10:13 as (10, 13); raises UserError for what is no such range."""
     match = re.fullmatch(r"(\d+):(\d+)", value)
     if match is None or not 1 <= int(match[1]) < int(match[2]):
-        raise UserError(f"--profile_steps={value} is no range of steps: write FIRST:STOP, such as 10:13 for 10, 11, 12.")
+        raise UserError(f"--profile_steps={value} is no range: write FIRST:STOP, such as 10:13 for steps 10, 11, 12.")
     return int(match[1]), int(match[2])

@@ -24,7 +24,7 @@ from mlcm_jax.models.unet import UNet2DConditionModel
 from mlcm_jax.train import rng
 from mlcm_jax.train.auxiliary import Auxiliary, read_auxiliary
 from mlcm_jax.train.flops import count_flops
-from mlcm_jax.train.optim import make_optimizer
+from mlcm_jax.train.optim import learning_rate_schedule, make_optimizer
 from mlcm_jax.train.plan import Plan, make_plan
 from mlcm_jax.train.stages import Stage, read_stages
 from mlcm_jax.train.state import TrainState, create, with_guidance_embedding
@@ -148,11 +148,19 @@ def average_trips(config: ConfigDict) -> float:
 
 def stage_optimizer(stages: Sequence[Stage]) -> optax.GradientTransformation:
     """The optimizer of a run: a stage with another learning rate than the one before begins a schedule of its own."""
-    config, restarts = stages[0].config, {}
-    for before, stage in itertools.pairwise(stages):
-        if stage.config.optim.learning_rate != before.config.optim.learning_rate:
-            restarts[stage.start] = stage.config.optim.learning_rate
-    return make_optimizer(config.optim, config.num_steps, restarts)
+    config = stages[0].config
+    return make_optimizer(config.optim, config.num_steps, _restarts(stages))
+
+
+def stage_learning_rate(stages: Sequence[Stage]) -> optax.Schedule:
+    """The learning rate of ``stage_optimizer`` at each step (0 for the first)."""
+    config = stages[0].config
+    return learning_rate_schedule(config.optim, config.num_steps, _restarts(stages))
+
+
+def _restarts(stages: Sequence[Stage]) -> dict[int, float]:
+    rates = [(stage.start, stage.config.optim.learning_rate) for stage in stages]
+    return {start: rate for (_, before), (start, rate) in itertools.pairwise(rates) if rate != before}
 
 
 def _create(

@@ -140,7 +140,8 @@ def make_train_step(
             key = rng.stream(batch.seed, f"{name}_rival", state.step)
             rival_fn = partial(rival_loss, term)
             rivals[name], losses[f"{name}_rival"] = train_rival(rival_fn, rivals[name], drawn, key, config, name)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "num_segments": batch.num_segments}
+        norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
+        metrics = {"loss": loss, **norms, "num_segments": batch.num_segments}
         return TrainState(state.step + 1, params, opt_state, ema, pool, rivals), metrics | losses
 
     return train_step
