@@ -15,6 +15,7 @@ from mlcm_jax.evaluation.extractors import Extractor
 from mlcm_jax.evaluation.frechet import frechet_distance
 from mlcm_jax.evaluation.high_frequency import high_frequency_energy
 from mlcm_jax.evaluation.kid import Kernels
+from mlcm_jax.evaluation.noise_level import noise_level
 from mlcm_jax.evaluation.perceptual import perceptual_distance
 from mlcm_jax.evaluation.precision_recall import precision_recall
 from mlcm_jax.evaluation.principal_components import PrincipalComponents
@@ -27,6 +28,7 @@ FeatureSets = Mapping[str, Float[np.ndarray, "n d"]]  # by the extractor's name
 # name: one number a picture, of its pixels alone. No network is asked; the mean over real pictures is the reference.
 PIXEL_METRICS: dict[str, Callable[[UInt8[np.ndarray, "n H W 3"]], Float[np.ndarray, " n"]]] = {
     "high_frequency_energy": high_frequency_energy,
+    "noise_level": noise_level,
     "background_noise": background_noise,
 }
 

@@ -35,6 +35,7 @@ METRICS = {
     "precision": Metric("precision", "higher", 3),
     "recall": Metric("recall", "higher", 3),
     "high_frequency_energy": Metric("high-frequency energy", "near 1", 3),
+    "noise_level": Metric("noise level", "near 1", 3),
     "background_noise": Metric("background noise", "near 1", 3),
 }
 PAIRWISE = ("latent_mse", "perceptual_distance")  # with the baseline's long result, picture by picture

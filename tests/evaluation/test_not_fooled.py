@@ -3,6 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
@@ -14,12 +16,14 @@ from mlcm_jax.evaluation.drawing import Artist
 from mlcm_jax.evaluation.extractors import Extractor
 from mlcm_jax.evaluation.measure import Figure, Judges, Reference, figures, look, mean_figure
 from mlcm_jax.evaluation.perceptual import perceptual_distance
+from mlcm_jax.evaluation.pick_score import load_similarity
 from mlcm_jax.evaluation.scorers import load_clip_score
-from mlcm_jax.generate import latent_distance
+from mlcm_jax.generate import decode, latent_distance
 from mlcm_jax.hub.pipeline import load_pipeline
 
 EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
 N = 48
+NUM_EXPLOITED = 16
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +88,50 @@ def test_sets(drawn, prompts, scorer):
     assert clean["recall"].value > soft["recall"].value > equal["recall"].value == 0
     low, high = clean["frechet_distance"].interval
     assert low < clean["frechet_distance"].value < high
+
+
+@pytest.fixture(scope="module")
+def exploited(drawn, prompts):
+    """The first pictures after a few gradient steps of their latents on the shipped scorer's score."""
+    vae, judge = load_pipeline(EMOJI / "teacher").vae, load_similarity(EMOJI / "scorer")
+    tokens, latents = judge.tokenize(prompts[:NUM_EXPLOITED]), drawn["few"].latents[:NUM_EXPLOITED]
+
+    @jax.jit
+    @jax.grad
+    def gradient(latents):
+        scaled = latents / vae.config["scaling_factor"]
+        images = vae.module.apply({"params": vae.params}, scaled, method="decode")
+        return judge.reward(judge.params, images, tokens).sum()
+
+    for _ in range(3):
+        latents = latents + 0.08 * jnp.sign(gradient(latents))
+    return decode(vae, latents)
+
+
+def test_a_scorer_that_is_exploited(exploited, drawn, prompts, efficientnet_folder):
+    """Independent features and pixels see the noise that both CLIPs like."""
+    clean, prompts = drawn["few"].images[:NUM_EXPLOITED], prompts[:NUM_EXPLOITED]
+    rise = {}
+    for judge in ("scorer", "guard"):
+        score = load_clip_score(EMOJI / judge)
+        rise[judge] = mean_figure(score(exploited, prompts) - score(clean, prompts))
+    assert rise["scorer"].interval[0] > 0.03
+    assert rise["guard"].interval[1] > 0  # a CLIP of the same kind does not say that they are worse
+
+    extractors = {"efficientnet": Extractor.read("efficientnet", str(efficientnet_folder))}
+    judges = Judges(load_scorer_once(EMOJI / "scorer"), {}, extractors)
+    real = judges.measure([drawn["other seed"].images[:NUM_EXPLOITED]])
+
+    def of(pictures):
+        batch = [dataclasses.replace(drawn["few"], images=pictures, rows=slice(0, NUM_EXPLOITED))]
+        seen = look(batch, prompts, judges, None, num_examples=1)
+        return figures(seen, real, None, extractors, data_matches_prompts=True, num_resamples=50)
+
+    good, bad = of(clean), of(exploited)
+    names = ("frechet_distance/efficientnet", "kernel_distance/efficientnet", "noise_level/pixels")
+    for name in (*names, "background_noise/pixels"):
+        before, after = (found[f"{name}/data"] for found in (good, bad))
+        assert Figure(after.value - before.value, after.replicates - before.replicates).interval[0] > 0, name
 
 
 def test_distances_picture_by_picture(drawn, scorer):

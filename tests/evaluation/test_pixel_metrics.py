@@ -6,6 +6,7 @@ import pytest
 from mlcm_jax.evaluation.background import background_noise
 from mlcm_jax.evaluation.high_frequency import high_frequency_energy
 from mlcm_jax.evaluation.measure import Measured, pixel_figures
+from mlcm_jax.evaluation.noise_level import noise_level
 
 
 def on_white(n=1, side=32, colour=(200, 30, 30)):
@@ -27,6 +28,14 @@ def test_high_frequency_energy():
     clean, doubled = on_white(), on_white()
     doubled[:, 6, 6:26] = doubled[:, 25, 6:26] = doubled[:, 6:26, 6] = doubled[:, 6:26, 25] = 120
     assert high_frequency_energy(doubled) > 1.2 * high_frequency_energy(clean)
+
+
+def test_noise_level():
+    """Contours do not count, noise of a normal distribution does: its absolute median over colours."""
+    assert noise_level(on_white()) == [0]
+    draws = np.abs(np.random.default_rng(1).normal(scale=np.sqrt(20) * 10 / 255, size=(100_000, 3))).mean(axis=-1)
+    grey = np.full((1, 200, 200, 3), 128, np.uint8)
+    np.testing.assert_allclose(noise_level(noisy(grey, 10)), np.median(draws), rtol=0.03)
 
 
 def test_background_noise():
