@@ -31,6 +31,17 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
+    def go_back(self, like: Any, step: int) -> Any:
+        """The newest state of at most ``step``; later ones are removed. None, and all stay, where there is none."""
+        self._manager.wait_until_finished()
+        steps = self._manager.all_steps()
+        if min(steps, default=step + 1) > step:
+            return None
+        for later in steps:
+            if later > step:
+                self._manager.delete(later)
+        return self.restore(like)
+
     def restore(self, like: Any) -> Any:
         """The newest state, placed as ``like`` (arrays or ShapeDtypeStructs with shardings); None when there is none.
 

@@ -74,6 +74,8 @@ def base() -> ConfigDict:
     config.preference.weight = 0.0
     config.preference.scorer = ""  # NAME=FOLDER of a judge of docs/judging.md: clip=examples/emoji/scorer
     config.preference.guard = ""  # NAME=FOLDER of another judge, whose score is reported and never learnt from
+    config.preference.stop_when_guard_falls = 0.0  # by how much the guard's score, a running mean of logged steps, may
+    # fall below its best while the scorer's rises; then the run ends with the student before. 0: it is never stopped
     config.preference.form = "refl"  # 1e-3 relu(target - score), or margin: relu(target - score) + relu(negative score)
     config.preference.target = 2.0  # score from which on there is no loss
     config.preference.negative_prompt = ""  # of the margin form
@@ -148,6 +150,8 @@ def validate(config: ConfigDict) -> None:
         raise UserError("config.lora.start needs trainable='lora': all weights start from a teacher.")
     if config.preference.weight > 0 and not config.preference.scorer:
         raise UserError("config.preference.weight needs config.preference.scorer: name a judge, such as clip=FOLDER.")
+    if config.preference.stop_when_guard_falls > 0 and not config.preference.guard:
+        raise UserError("config.preference.stop_when_guard_falls needs config.preference.guard: name a judge to watch.")
     if config.preference.form == "margin" and not config.preference.negative_prompt:
         raise UserError("config.preference.form='margin' needs config.preference.negative_prompt: give one.")
 
@@ -187,6 +191,7 @@ _RULES = {
     "adversarial.updates": _POSITIVE,
     "adversarial.width": ((lambda v: v >= 2 and v % 2 == 0), "an even number above 0"),
     "preference.weight": _NOT_NEGATIVE,
+    "preference.stop_when_guard_falls": _NOT_NEGATIVE,
     "preference.form": _one_of(*FORMS),
     "target": _one_of(*JUMPS),
     "target_network": _one_of("student", "ema"),

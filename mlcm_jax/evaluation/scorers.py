@@ -14,6 +14,7 @@ from mlcm_jax.evaluation.hps_v2 import load_hps_v2
 from mlcm_jax.evaluation.image_reward import load_image_reward
 from mlcm_jax.evaluation.judge import Judge
 from mlcm_jax.evaluation.mps import load_mps
+from mlcm_jax.evaluation.nearest_reference import load_nearest_reference
 from mlcm_jax.evaluation.pick_score import load_pick_score, load_similarity
 
 Score = Callable[[UInt8[np.ndarray, "n H W 3"], Sequence[str]], Float[np.ndarray, " n"]]
@@ -36,6 +37,7 @@ def load_clip_score(folder: str | Path) -> Score:
 JUDGES: dict[str, Callable[..., Judge]] = {
     "aesthetic": load_aesthetic,
     "clip": load_similarity,
+    "efficientnet": load_nearest_reference,
     "hps_v2": load_hps_v2,
     "image_reward": load_image_reward,
     "mps": load_mps,

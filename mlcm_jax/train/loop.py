@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from mlcm_jax.train.state import TrainState
 StepFn = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 BatchFn = Callable[[int], Any]
 SampleFn = Callable[[TrainState], np.ndarray]
+StopFn = Callable[[int, Mapping[str, float]], int | None]
 
 
 def run(
@@ -31,12 +32,14 @@ def run(
     workdir: Path,
     *,
     sample_fn: SampleFn | None = None,
+    stop_fn: StopFn | None = None,
 ) -> TrainState:
     """Train to ``config.num_steps`` from the newest checkpoint of ``workdir``, else from ``state``.
 
     step_fn: jit-ed (state, batch) -> (state, metrics with "loss"). batch_fn: the batch of a step, as a pure function
     of the step, so that a resumed run sees what the killed one would have. sample_fn: a picture, uint8 [H, W, 3],
-    written to workdir/samples every ``sample_every`` steps.
+    written to workdir/samples every ``sample_every`` steps. stop_fn: called with each logged step and its metrics;
+    where it returns a step, training ends with the newest checkpoint of at most this one, and later ones are removed.
     SIGTERM (a pre-emption) saves a checkpoint and ends the run. Raises UserError when the loss is not finite.
     """
     # An error, in a picture say, must not cut short a checkpoint that is still being written.
@@ -51,7 +54,9 @@ def run(
                 stopping = stop.requested  # read once: a signal that comes later in this step ends the next one
                 last = step == config.num_steps or stopping
                 save = step % config.checkpoint_every == 0 or last
-                report.step(step, metrics, show=save or step == start + 1, last=last)
+                logged = report.step(step, metrics, show=save or step == start + 1, last=last)
+                if stop_fn and logged and (good := stop_fn(step, logged)) is not None:
+                    return _gone_back(checkpoints, state, good)
                 if save:
                     checkpoints.save(state, step)
                 if sample_fn and (step % config.sample_every == 0 or last):
@@ -61,6 +66,16 @@ def run(
     return state
 
 
+def _gone_back(checkpoints: Checkpoints, state: TrainState, step: int) -> TrainState:
+    earlier = checkpoints.go_back(state, step)
+    if earlier is None:
+        raise UserError(
+            f"Training should have ended at step {step}, of which no checkpoint is left: lower config.checkpoint_every "
+            "or raise config.keep_checkpoints, and start again."
+        )
+    return earlier
+
+
 class Report:
     """Hands the metrics of a step to the progress bar and, every ``log_every`` steps, to the writer."""
 
@@ -68,12 +83,15 @@ class Report:
         self._config, self._writer, self._bar, self._workdir = config, writer, bar, workdir
         self._start, self._steps = time.perf_counter(), 0
 
-    def step(self, step: int, metrics: dict[str, jax.Array], *, show: bool, last: bool) -> None:
-        """Fetching metrics waits for the device, so most steps are only counted. Raises UserError for a bad loss."""
+    def step(self, step: int, metrics: dict[str, jax.Array], *, show: bool, last: bool) -> Mapping[str, float] | None:
+        """Fetching metrics waits for the device, so most steps are only counted; returns those of a logged step.
+
+        Raises UserError for a bad loss.
+        """
         self._steps += 1
         log = step % self._config.log_every == 0 or last
         if not log and not show:
-            return
+            return None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         _require_finite(values, step, self._workdir)
         rate = self._steps * self._config.batch_size / (time.perf_counter() - self._start)
@@ -84,6 +102,7 @@ class Report:
             self._start, self._steps = time.perf_counter(), 0
         if last:
             self._bar.close()
+        return values if log else None
 
 
 def _write_sample(image: np.ndarray, step: int, workdir: Path, writer: MetricWriter) -> None:

@@ -27,6 +27,7 @@ from mlcm_jax.pictures import plot_loss
 from mlcm_jax.train import loop
 from mlcm_jax.train.compile import Executables, compile_steps
 from mlcm_jax.train.feed import Feed
+from mlcm_jax.train.guard import stop_rule
 from mlcm_jax.train.metrics import read_metrics
 from mlcm_jax.train.program import Program, attention_backend, build_program
 from mlcm_jax.train.stages import read_stages
@@ -145,6 +146,7 @@ def train(
         config,
         workdir,
         sample_fn=viewer.progress,
+        stop_fn=stop_rule(config, workdir / "metrics.jsonl"),
     )
     viewer.finish(state, workdir)
     plot_loss(read_metrics(workdir / "metrics.jsonl"), workdir / "samples" / "loss.png")

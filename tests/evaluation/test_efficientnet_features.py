@@ -14,6 +14,7 @@ from torch_weights import assert_close, channels_first, named_shapes, randomise
 from mlcm_jax.errors import UserError
 from mlcm_jax.evaluation import efficientnet_features
 from mlcm_jax.evaluation.efficientnet_features import PREPROCESSOR, load_efficientnet
+from mlcm_jax.evaluation.nearest_reference import load_nearest_reference
 from mlcm_jax.hub.load import load_params
 from mlcm_jax.hub.pipeline import parameter_shapes
 from mlcm_jax.models.efficientnet_lite import VARIANTS, EfficientNetLite
@@ -64,6 +65,27 @@ def test_published_weights(efficientnet_folder, monkeypatch):
     assert_close(extract(images), want)
     floats = images[:2].astype(np.float32) / 127.5 - 1
     assert_close(jax.jit(extract.features)(extract.network.params, floats), want[:2], tolerance=0.02)  # PIL rounds
+
+
+def test_nearest_reference(efficientnet_folder, launch, tmp_path):
+    """The judge of looks: 0 for a reference picture, worse the noisier it is, in units of the reference's spread."""
+    reference = np.stack([np.roll(image, 5 * i, axis=(0, 1)) // (i + 1) for i, image in enumerate(pictures(4, 64, 64))])
+    np.save(tmp_path / "reference.npy", reference)
+    folder = tmp_path / "judge"
+    args = [f"--out={folder}", f"--reference={tmp_path / 'reference.npy'}"]
+    assert launch("convert_efficientnet", *args)["status"] == 0
+    judge, noise = load_nearest_reference(folder), np.random.default_rng(0).normal(size=reference.shape)
+    noisy = [np.clip(reference + scale * noise, 0, 255).astype(np.uint8) for scale in (0, 8, 40)]
+    scores = np.stack([judge(images, [""] * 4) for images in noisy])
+    np.testing.assert_allclose(scores[0], 0, atol=1e-5)
+    assert (np.diff(scores.mean(axis=1)) < 0).all()
+
+    features = load_efficientnet(folder)(np.concatenate([noisy[2], reference]))
+    squared = np.square(features[:4, None] - features[None, 4:]).sum(-1)
+    between = np.square(features[4:, None] - features[None, 4:]).sum(-1).mean()
+    np.testing.assert_allclose(scores[2], -squared.min(1) / between, rtol=1e-3)
+    with pytest.raises(UserError, match=r"reference.safetensors does not exist: docs/judging.md says how"):
+        load_nearest_reference(efficientnet_folder)
 
 
 def test_unfit_folders(efficientnet_folder, tmp_path):

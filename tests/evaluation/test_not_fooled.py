@@ -14,16 +14,16 @@ from mlcm_jax.evaluation.clip_features import image_features, load_scorer_once
 from mlcm_jax.evaluation.diversity import diversity
 from mlcm_jax.evaluation.drawing import Artist
 from mlcm_jax.evaluation.extractors import Extractor
-from mlcm_jax.evaluation.measure import Figure, Judges, Reference, figures, look, mean_figure
+from mlcm_jax.evaluation.measure import Figure, Judges, Reference, Seen, figures, look, mean_figure
 from mlcm_jax.evaluation.perceptual import perceptual_distance
 from mlcm_jax.evaluation.pick_score import load_similarity
 from mlcm_jax.evaluation.scorers import load_clip_score
-from mlcm_jax.generate import decode, latent_distance
+from mlcm_jax.generate import decode, encode, latent_distance
 from mlcm_jax.hub.pipeline import load_pipeline
 
 EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
 N = 48
-NUM_EXPLOITED = 16
+NUM_EXPLOITED = 24
 
 
 @pytest.fixture(scope="module")
@@ -90,48 +90,43 @@ def test_sets(drawn, prompts, scorer):
     assert low < clean["frechet_distance"].value < high
 
 
-@pytest.fixture(scope="module")
-def exploited(drawn, prompts):
-    """The first pictures after a few gradient steps of their latents on the shipped scorer's score."""
+def test_a_scorer_that_is_exploited(drawn, prompts, efficientnet_folder):
+    """Pictures whose latents follow the score of the shipped scorer for a few steps, beside their way through the
+    autoencoder alone: both CLIPs like them better, independent features and pixels see the noise."""
+    real, prompts = drawn["more"].images[:NUM_EXPLOITED], prompts[:NUM_EXPLOITED]
     vae, judge = load_pipeline(EMOJI / "teacher").vae, load_similarity(EMOJI / "scorer")
-    tokens, latents = judge.tokenize(prompts[:NUM_EXPLOITED]), drawn["few"].latents[:NUM_EXPLOITED]
+    tokens, start = judge.tokenize(prompts), encode(vae, real)
 
     @jax.jit
     @jax.grad
     def gradient(latents):
         scaled = latents / vae.config["scaling_factor"]
-        images = vae.module.apply({"params": vae.params}, scaled, method="decode")
-        return judge.reward(judge.params, images, tokens).sum()
+        return judge.reward(
+            judge.params, vae.module.apply({"params": vae.params}, scaled, method="decode"), tokens
+        ).sum()
 
+    latents = jnp.asarray(start)
     for _ in range(3):
         latents = latents + 0.08 * jnp.sign(gradient(latents))
-    return decode(vae, latents)
-
-
-def test_a_scorer_that_is_exploited(exploited, drawn, prompts, efficientnet_folder):
-    """Independent features and pixels see the noise that both CLIPs like."""
-    clean, prompts = drawn["few"].images[:NUM_EXPLOITED], prompts[:NUM_EXPLOITED]
-    rise = {}
-    for judge in ("scorer", "guard"):
-        score = load_clip_score(EMOJI / judge)
-        rise[judge] = mean_figure(score(exploited, prompts) - score(clean, prompts))
-    assert rise["scorer"].interval[0] > 0.03
-    assert rise["guard"].interval[1] > 0  # a CLIP of the same kind does not say that they are worse
+    clean, exploited = decode(vae, jnp.asarray(start)), decode(vae, latents)
+    for name in ("scorer", "guard"):
+        score = load_clip_score(EMOJI / name)
+        assert mean_figure(score(exploited, prompts) - score(clean, prompts)).interval[0] > 0, name
 
     extractors = {"efficientnet": Extractor.read("efficientnet", str(efficientnet_folder))}
     judges = Judges(load_scorer_once(EMOJI / "scorer"), {}, extractors)
-    real = judges.measure([drawn["other seed"].images[:NUM_EXPLOITED]])
+    reference = judges.measure([real])
 
-    def of(pictures):
-        batch = [dataclasses.replace(drawn["few"], images=pictures, rows=slice(0, NUM_EXPLOITED))]
-        seen = look(batch, prompts, judges, None, num_examples=1)
-        return figures(seen, real, None, extractors, data_matches_prompts=True, num_resamples=50)
+    def of(images):
+        seen = Seen(judges.measure([images]), {}, images[:1])
+        return figures(seen, reference, None, extractors, data_matches_prompts=True, num_resamples=50)
 
     good, bad = of(clean), of(exploited)
-    names = ("frechet_distance/efficientnet", "kernel_distance/efficientnet", "noise_level/pixels")
-    for name in (*names, "background_noise/pixels"):
-        before, after = (found[f"{name}/data"] for found in (good, bad))
-        assert Figure(after.value - before.value, after.replicates - before.replicates).interval[0] > 0, name
+    of_sets = [f"{metric}_distance/efficientnet/data" for metric in ("frechet", "kernel")]
+    for name in (*of_sets, "noise_level/pixels/data", "background_noise/pixels/data"):
+        difference = Figure(bad[name].value - good[name].value, bad[name].replicates - good[name].replicates)
+        assert difference.interval[0] > 0, name
+    assert bad["precision/efficientnet/data"].value <= good["precision/efficientnet/data"].value
 
 
 def test_distances_picture_by_picture(drawn, scorer):
