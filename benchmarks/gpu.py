@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import profiling
 import sample  # its flags, too
@@ -52,8 +52,8 @@ flags.FLAGS.set_default("steps", ["4", "1", "2", "8"])  # the first is profiled
 class Worker:
     """A row's process; what it says can be waited for until a deadline of time.monotonic()."""
 
-    def __init__(self, name: str, out: Path):
-        self.name = name
+    def __init__(self, name: str, log: TextIO):
+        self.name, self._log, self.last_words = name, log, ""
         row, _, variant = name.partition("@")
         settings = VARIANTS[variant]
         command = [sys.executable, str(HERE / "gpu_worker.py"), f"--row={row}", f"--started={time.monotonic()}"]
@@ -62,19 +62,23 @@ class Worker:
             command.append(f"--{flag}={flags.FLAGS[flag].value}")
         command.append("--steps=" + ",".join(sample.STEPS.value))
         env = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {settings.get('xla', '')}".strip()}
-        self._log = (out / f"{name.replace(':', '_').replace('@', '_')}.log").open("w")
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
+        pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         self.process = subprocess.Popen(command, env=env, text=True, **pipes)
         self._messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        for read in (self._read_messages, self._read_errors):
+            threading.Thread(target=read, daemon=True).start()
 
-    def _read(self) -> None:
+    def _read_messages(self) -> None:
         for line in self.process.stdout or ():
             if line.startswith("{"):
                 self._messages.put(json.loads(line))
-            else:
-                self._log.write(line)
         self._messages.put(None)
+
+    def _read_errors(self) -> None:
+        for line in self.process.stderr or ():
+            self.last_words = line.strip()[:200] or self.last_words
+            self._log.write(f"{self.name}: {line}")
+            self._log.flush()
 
     def next_message(self, deadline: float) -> dict[str, Any] | None:
         """None when the process has ended. Raises TimeoutError at the deadline."""
@@ -92,13 +96,6 @@ class Worker:
     def end(self) -> None:
         self.process.kill()
         self.process.wait()
-        self._log.close()
-
-    def last_words(self) -> str:
-        """Of a process that failed, for the table."""
-        self._log.flush()
-        lines = Path(self._log.name).read_text().strip().splitlines() or [""]
-        return lines[-1][:200]
 
 
 class Report:
@@ -160,7 +157,7 @@ def get_ready(workers: list[Worker], report: Report, deadline: float) -> list[Wo
             report.fail(worker.name, str(error))
             continue
         if message is None:
-            report.fail(worker.name, worker.last_words())
+            report.fail(worker.name, worker.last_words)
         else:
             report.take(worker.name, message)
             ready.append(worker)
@@ -177,8 +174,10 @@ def measure(worker: Worker, report: Report, deadline: float) -> None:
             report.take(worker.name, message)
     except TimeoutError as error:
         report.fail(worker.name, str(error))
+    else:
+        worker.process.wait()
     if worker.process.poll():
-        report.fail(worker.name, worker.last_words())
+        report.fail(worker.name, worker.last_words)
 
 
 def main(argv):
@@ -186,19 +185,19 @@ def main(argv):
     deadline = time.monotonic() + flags.FLAGS["time_limit"].value
     out = Path(flags.FLAGS["out"].value)
     out.mkdir(parents=True, exist_ok=True)
-    report, workers = Report(out), []
+    report, workers, log = Report(out), [], (out / "gpu.log").open("w")  # what the processes say beside their figures
     try:
         # A second start is one that nothing else slows down.
         together = [name for name in ROWS.value if not name.startswith("start")]
         alone = [] if COMPILE_ONLY.value else [name for name in ROWS.value if name.startswith("start")]
-        workers += [Worker(name, out) for name in together]
+        workers += [Worker(name, log) for name in together]
         ready = get_ready(workers, report, deadline)
         for worker in ready:
             if not COMPILE_ONLY.value:
                 measure(worker, report, deadline)
             worker.end()
         for name in alone:
-            workers.append(Worker(name, out))
+            workers.append(Worker(name, log))
             for worker in get_ready(workers[-1:], report, deadline):
                 measure(worker, report, deadline)
     finally:

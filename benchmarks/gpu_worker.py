@@ -44,18 +44,18 @@ class TrainRow:
 
     def prepare(self) -> dict[str, Any]:
         """Compile all that a measurement runs; no array is made."""
-        self.compiled, figures = train_step.compile_step(self.program)
+        self.compiled, self.figures = train_step.compile_step(self.program)
         workload.compile_random(self.program.frozen.teacher)
         train_step.compile_start(self.program)
         memory = self.compiled.memory_analysis()
         if memory is not None:
-            figures |= {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}
-        return figures
+            memory = {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}
+        return self.figures | (memory or {})
 
     def measure(self, sides: list[str], deadline: float) -> Iterator[dict[str, Any]]:
         ours = train_step.our_side(self.program, self.compiled)
         chosen = {name: compiled for name, compiled in timing.torch_sides(True).items() if name in sides}
-        rows = train_step.measure(self.program, self.compiled, ours, chosen, deadline)
+        rows = train_step.measure(self.program, self.figures["unet_evaluations"], ours, chosen, deadline)
         yield {"row": next(rows)}
         if profile := profiling.kernel_times(ours.run):
             yield {"profile": profile}
@@ -74,6 +74,7 @@ class SampleRow:
         figures = sample.compile_programs(self.pipeline, self.batch_size, DTYPE.value)
         for network in (self.pipeline.unet, self.pipeline.vae):
             workload.compile_random(sample.in_dtype(network, DTYPE.value))
+        self.flops = sample.flops_of(self.pipeline, self.batch_size)
         return figures
 
     def measure(self, sides: list[str], deadline: float) -> Iterator[dict[str, Any]]:
@@ -85,7 +86,7 @@ class SampleRow:
         for i, num_steps in enumerate(map(int, sample.STEPS.value)):
             if time.monotonic() > deadline:
                 break
-            rows = sample.measure(pipeline, networks, self.batch_size, num_steps, theirs, deadline)
+            rows = sample.measure(pipeline, networks, self.batch_size, num_steps, self.flops, theirs, deadline)
             yield {"row": next(rows)}
             waiting.append(rows)
             if i == 0 and (profile := self.profile(networks, num_steps)):

@@ -10,7 +10,7 @@ import itertools
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,15 +70,22 @@ def latent_shape(pipeline: Pipeline) -> tuple[int, int, int]:
     return config["sample_size"], config["sample_size"], config["in_channels"]
 
 
-def flops_of(pipeline: Pipeline, batch_size: int, num_steps: int) -> float:
-    """Of the UNet's calls and the decoder's, matrix products and convolutions."""
+class Flops(NamedTuple):
+    """Of matrix products and convolutions, for a whole batch."""
+
+    step: float
+    decoding: float
+
+
+def flops_of(pipeline: Pipeline, batch_size: int) -> Flops:
+    """Of one call of the UNet, and of the decoder."""
     latents = jax.ShapeDtypeStruct((batch_size, *latent_shape(pipeline)), jnp.float32)
     t = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     unet, vae = pipeline.unet, pipeline.vae
     conditioning = conditioning_shapes(pipeline, batch_size)
     one = count_flops(unet.module.apply, {"params": unet.params}, latents, t, conditioning)
     decoding = functools.partial(vae.module.apply, method="decode")
-    return num_steps * one + count_flops(decoding, {"params": vae.params}, latents)
+    return Flops(one, count_flops(decoding, {"params": vae.params}, latents))
 
 
 def inputs(pipeline: Pipeline, batch_size: int):
@@ -144,7 +151,7 @@ def our_run(pipeline: Pipeline, networks: Any, batch_size: int, num_steps: int):
     return functools.partial(draw, *networks, scheduler_config, noise, conditioning, num_steps)
 
 
-def measure(pipeline: Pipeline, networks, batch_size: int, num_steps: int, theirs, deadline: float):
+def measure(pipeline: Pipeline, networks, batch_size: int, num_steps: int, flops: Flops, theirs, deadline: float):
     """One row of the table, as far as it has got. theirs: {name: () -> torch's sampler}."""
     noise, conditioning = inputs(pipeline, batch_size)
     run = our_run(pipeline, networks, batch_size, num_steps)
@@ -158,7 +165,7 @@ def measure(pipeline: Pipeline, networks, batch_size: int, num_steps: int, their
         "work": f"{MODEL.value}, {num_steps} steps, batch {batch_size}, {noise.shape[1] * pipeline.downscale} px, "
         f"{DTYPE.value}",
         "images": batch_size,
-        "flops": flops_of(pipeline, batch_size, num_steps),
+        "flops": num_steps * flops.step + flops.decoding,
         "peak_flops": timing.measured_peak(),
     }
     builders = {name: functools.partial(torch_side, make) for name, make in theirs.items()}
@@ -178,11 +185,12 @@ def main(argv):
         pipeline = workload.describe(MODEL.value, scratch, DTYPE.value)
         theirs = torch_samplers(architecture, pipeline, timing.torch_sides(compiled=True))
         networks = tuple(random_network(n, jnp.dtype(DTYPE.value)) for n in (pipeline.unet, pipeline.vae))
+        flops = functools.cache(functools.partial(flops_of, pipeline))
         for batch_size, num_steps in itertools.product(map(int, BATCH_SIZES.value), map(int, STEPS.value)):
             if time.monotonic() > deadline:
                 report.notes["left out"] = f"from {num_steps} steps at batch {batch_size} on: out of time"
                 break
-            report.add_row(measure(pipeline, networks, batch_size, num_steps, theirs, deadline))
+            report.add_row(measure(pipeline, networks, batch_size, num_steps, flops(batch_size), theirs, deadline))
         if not missing:
             difference = check(MODEL.value, DTYPE.value, scratch)
             report.notes["largest difference of the pictures, of 255"] = difference

@@ -44,11 +44,18 @@ def compile_start(program: Program) -> None:
     jax.jit(program.create_state, out_shardings=shardings).lower(program.state.params if full else None).compile()
 
 
-def compile_step(program: Program) -> tuple[Any, dict[str, float]]:
-    """The program's step for its own arguments, and seconds as ``timing.compile_timed`` has them."""
-    stage = program.stages[0]
+def compile_step(program: Program) -> tuple[Any, dict[str, Any]]:
+    """The program's step for its own arguments; seconds as ``timing.compile_timed`` has them, and unet_evaluations."""
+    stage, start = program.stages[0], time.perf_counter()
     with timing.same_precision(program.config.compute_dtype):
-        return timing.compile_timed(stage.step, program.state, program.frozen, stage.batch)
+        evaluations = our_evaluations(program)
+        traced = time.perf_counter() - start
+        compiled, figures = timing.compile_timed(stage.step, program.state, program.frozen, stage.batch)
+    return compiled, {
+        "trace_seconds": figures["trace_seconds"] + traced,
+        "compile_seconds": figures["compile_seconds"],
+        "unet_evaluations": evaluations,
+    }
 
 
 def check_losses(program: Program, compiled: Any) -> tuple[list[float], list[float]]:
@@ -118,16 +125,15 @@ def reference_side(program: Program, evaluations: int, *, compiled: bool) -> tim
 
 
 def our_evaluations(program: Program) -> int:
-    """Rows that the UNets are called with in a step."""
+    """Rows that the UNets are called with in a step, whose first trace this is."""
     stage = program.stages[0]
-    return workload.unet_evaluations(stage.step.__wrapped__, program.state, program.frozen, stage.batch)
+    return workload.unet_evaluations(stage.step, program.state, program.frozen, stage.batch)
 
 
 def measure(
-    program: Program, compiled: Any, ours: timing.Side, sides: dict[str, bool], deadline: float
+    program: Program, evaluations: int, ours: timing.Side, sides: dict[str, bool], deadline: float
 ) -> Iterator[dict[str, Any]]:
     """One row of the table, as far as it has got. sides: as ``timing.torch_sides``."""
-    evaluations = our_evaluations(program)
     theirs = {name: functools.partial(reference_side, program, evaluations, compiled=c) for name, c in sides.items()}
     config = program.config
     recomputed = ", remat" * bool(config.remat)
@@ -158,10 +164,10 @@ def main(argv):
                 continue
             settings = (trainable, BATCH_SIZE.value, DTYPE.value)
             program = workload.make_program(workload.step_settings(architecture, *settings, remat=REMAT.value))
-            compiled, _ = compile_step(program)
+            compiled, figures = compile_step(program)
             sides = timing.torch_sides(compiled=True)
-            report.add_row(measure(program, compiled, our_side(program, compiled), sides, deadline))
-            evaluations = report.rows[-1]["unet_evaluations"]
+            evaluations = figures["unet_evaluations"]
+            report.add_row(measure(program, evaluations, our_side(program, compiled), sides, deadline))
             report.notes["rows that the UNets are called with in a step, on either side"] = evaluations
             if not missing:
                 checked = checked_program(program, scratch)

@@ -151,8 +151,9 @@ def draws_at(program: Program, step: int, jumps: np.ndarray) -> dict[str, np.nda
     return {"noise": np.asarray(noise), "next_timesteps": np.asarray(drawn)}
 
 
-def unet_evaluations(fn, *args) -> int:
-    """Rows that the UNets are called with in ``fn(*args)``, which is traced and not run."""
+def unet_evaluations(jitted, *args) -> int:
+    """Rows that the UNets are called with in ``jitted(*args)``, which is traced and not run. It must not have been
+    traced before; lowering it afterwards takes this trace."""
     rows = []
 
     def count(call, args, kwargs, context):
@@ -160,11 +161,8 @@ def unet_evaluations(fn, *args) -> int:
             rows.append(len(args[0]))
         return call(*args, **kwargs)
 
-    def traced(*args):  # anew: what has been traced before would not be called
-        return fn(*args)
-
     with nn.intercept_methods(count):
-        jax.eval_shape(traced, *args)
+        jitted.trace(*args)
     return sum(rows)
 
 

@@ -4,14 +4,13 @@ import functools
 import json
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import configs_full_size
+import cuda_driver
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.cudnn import fused_attention_stablehlo
 from torch_weights import assert_close
 
 import mlcm_jax.models.attention
@@ -28,15 +27,7 @@ AUTO = AttentionBackend("auto", "gpu")
 
 @pytest.fixture(params=["8.0", "9.0"], ids=["Ampere", "Hopper"])
 def gpu(request, monkeypatch):
-    """jax asks the driver for cuDNN's version and the GPU's compute capability; all other checks are its own."""
-    versions = SimpleNamespace(cudnn_get_version=lambda: 91000)
-    monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", versions)
-    monkeypatch.setattr(
-        fused_attention_stablehlo, "check_compute_capability", lambda needed: float(needed) <= float(request.param)
-    )
-    monkeypatch.setattr(
-        fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda capability: capability == request.param
-    )
+    cuda_driver.answer(monkeypatch, request.param)
 
 
 def inputs(tokens, keys, heads, width, dtype=jnp.bfloat16):
@@ -51,9 +42,7 @@ def both_ways(backend, heads, q, k, v, cotangent):
 
 def cudnn_calls(fn, *args):
     """(forward, backward) calls of cuDNN in the program for CUDA."""
-    text = jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-    backward = text.count("__cudnn$fmhaSoftmaxBackward(")
-    return text.count("__cudnn$fmha") - backward, backward
+    return cuda_driver.attention_calls(jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text())
 
 
 @functools.cache
