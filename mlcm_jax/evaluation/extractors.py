@@ -1,4 +1,4 @@
-"""The networks in whose features sets of pictures are compared, by name, independent ones first."""
+"""The networks in whose features sets of pictures are compared, by name."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ def load_clip_features(folder: str | Path) -> Extract:
 
 
 class ExtractorKind(NamedTuple):
-    """load: reads its folder or file. learnt_from: what the network has seen.
+    """load: reads its folder or file. learnt_from: what the network has seen. independent: of any text.
 
     components: how many of the reference set's principal components the Frechet distance is computed in, at most; None:
     in all features, as FID and CLIP-FID are defined.
@@ -34,13 +34,17 @@ class ExtractorKind(NamedTuple):
 
     load: Callable[[str], Extract]
     learnt_from: str
+    independent: bool
     components: int | None = None
 
 
+PHOTOGRAPHS = "labelled photographs (ImageNet)"
 EXTRACTORS = {
-    "efficientnet": ExtractorKind(load_efficientnet, "labelled photographs (ImageNet)", components=256),
-    "inception": ExtractorKind(load_inception, "labelled photographs (ImageNet)"),
-    "clip": ExtractorKind(load_clip_features, "pictures with captions: agreement with the text, not looks"),
+    "efficientnet": ExtractorKind(load_efficientnet, PHOTOGRAPHS, independent=True, components=256),
+    "inception": ExtractorKind(load_inception, PHOTOGRAPHS, independent=True),
+    "clip": ExtractorKind(
+        load_clip_features, "pictures with captions: agreement with the text, not looks", independent=False
+    ),
 }
 
 

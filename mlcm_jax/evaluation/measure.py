@@ -190,23 +190,24 @@ def figures(
     data_matches_prompts: bool,
     num_resamples: int,
 ) -> dict[str, Figure]:
-    """All figures of a sampler, in the order in which they are reported: of sets of features, of pixels, of pictures.
+    """All figures of a sampler, in the order in which they are reported: of independent features and of pixels first.
 
     Those of sets are named METRIC/EXTRACTOR/REFERENCE, such as precision/clip/data, those of pixels METRIC/pixels/data.
     data_matches_prompts: whether row i of ``data`` is a real picture of prompt i.
     """
-    found = {}
+    references = {"data": (data, data_matches_prompts), "baseline": (baseline, True)}
+    independent, others = {}, {}
     for name, extractor in extractors.items():
-        for reference, other, paired in (("data", data, data_matches_prompts), ("baseline", baseline, True)):
-            if other:
+        found = independent if extractor.kind.independent else others
+        for reference, (measured, paired) in references.items():
+            if measured:
                 compared = set_figures(
                     seen.measured.features[name],
-                    other.features[name],
+                    measured.features[name],
                     paired=paired,
                     num_resamples=num_resamples,
                     components=extractor.kind.components,
                 )
                 found |= {f"{metric}/{name}/{reference}": figure for metric, figure in compared.items()}
-    if data:
-        found |= pixel_figures(seen.measured, data, paired=data_matches_prompts)
-    return found | {name: mean_figure(values) for name, values in seen.numbers.items()}
+    pixels = pixel_figures(seen.measured, data, paired=data_matches_prompts) if data else {}
+    return independent | pixels | others | {name: mean_figure(values) for name, values in seen.numbers.items()}

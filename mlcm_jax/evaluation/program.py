@@ -89,15 +89,13 @@ def chosen_prompts(settings: Settings) -> list[str]:
 
 
 def load_judges(settings: Settings) -> Judges:
-    """The CLIP of --scorer, what --scorers name and, in the order of ``EXTRACTORS``, what --features name."""
+    """The CLIP of --scorer, and what --scorers and --features name."""
     scorers = {"clip": settings.scorer} | parse_places("scorers", settings.scorers, list(SCORERS))
     features = parse_places("features", settings.features, list(EXTRACTORS)) or {"clip": settings.scorer}
-    kinds = list(EXTRACTORS)
-    in_order = sorted(features.items(), key=lambda entry: kinds.index(kind_of(entry[0])))
     return Judges(
         clip=load_scorer_once(settings.scorer),
         scores={name: SCORERS[kind_of(name)](place) for name, place in scorers.items()},
-        extractors={name: Extractor.read(kind_of(name), place) for name, place in in_order},
+        extractors={name: Extractor.read(kind_of(name), place) for name, place in features.items()},
     )
 
 
