@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported; JAX_PLATFORMS=cuda runs the gpu tests
+from asked_devices import wants_gpu
+
+if not wants_gpu(sys.argv):  # before jax is imported
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"  # for meshes
 os.environ.pop("PYTHONPATH", None)  # for programs that tests start: the install alone has to find what they import
 
@@ -57,9 +60,10 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
-def launch():
+def launch(tmp_path_factory):
     """launch(program, *args) -> {"status", "stdout", "stderr"} of a process of its own."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    env.setdefault("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("xla")))  # not the user's
     env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
     command = [sys.executable, "tests/launch_server.py"]
     server = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
