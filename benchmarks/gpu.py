@@ -53,7 +53,7 @@ class Worker:
     """A row's process; what it says can be waited for until a deadline of time.monotonic()."""
 
     def __init__(self, name: str, log: TextIO):
-        self.name, self._log, self.last_words = name, log, ""
+        self.name, self._log, self._last_line = name, log, ""
         row, _, variant = name.partition("@")
         settings = VARIANTS[variant]
         command = [sys.executable, str(HERE / "gpu_worker.py"), f"--row={row}", f"--started={time.monotonic()}"]
@@ -65,8 +65,9 @@ class Worker:
         pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         self.process = subprocess.Popen(command, env=env, text=True, **pipes)
         self._messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        for read in (self._read_messages, self._read_errors):
-            threading.Thread(target=read, daemon=True).start()
+        self._errors = threading.Thread(target=self._read_errors, daemon=True)
+        for thread in (self._errors, threading.Thread(target=self._read_messages, daemon=True)):
+            thread.start()
 
     def _read_messages(self) -> None:
         for line in self.process.stdout or ():
@@ -76,7 +77,7 @@ class Worker:
 
     def _read_errors(self) -> None:
         for line in self.process.stderr or ():
-            self.last_words = line.strip()[:200] or self.last_words
+            self._last_line = line.strip()[:200] or self._last_line
             self._log.write(f"{self.name}: {line}")
             self._log.flush()
 
@@ -86,6 +87,11 @@ class Worker:
             return self._messages.get(timeout=max(deadline - time.monotonic(), 0.0))
         except queue.Empty:
             raise TimeoutError(f"{self.name}: out of time") from None
+
+    def last_words(self) -> str:
+        """The last line that a process which has ended wrote to stderr."""
+        self._errors.join(timeout=60)
+        return self._last_line
 
     def turn(self, order: dict[str, Any] | None) -> None:
         """Let it measure, or, without an order, end."""
@@ -157,7 +163,7 @@ def get_ready(workers: list[Worker], report: Report, deadline: float) -> list[Wo
             report.fail(worker.name, str(error))
             continue
         if message is None:
-            report.fail(worker.name, worker.last_words)
+            report.fail(worker.name, worker.last_words())
         else:
             report.take(worker.name, message)
             ready.append(worker)
@@ -177,7 +183,7 @@ def measure(worker: Worker, report: Report, deadline: float) -> None:
     else:
         worker.process.wait()
     if worker.process.poll():
-        report.fail(worker.name, worker.last_words)
+        report.fail(worker.name, worker.last_words())
 
 
 def main(argv):
