@@ -4,9 +4,11 @@ Mesh axes: ``data`` splits the batch; ``fsdp`` splits the batch and the weights,
 (ZeRO stage 3, arXiv 1910.02054); ``tensor`` splits the matrix products inside a layer (Megatron, arXiv 1909.08053).
 """
 
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -76,13 +78,31 @@ def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def split_batch(tree: Any, mesh: Mesh | None) -> Any:
+_step_mesh: ContextVar[Mesh | None] = ContextVar("step_mesh", default=None)
+
+
+def traced_on(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with ``mesh`` as what ``split_batch`` takes while it is traced."""
+
+    @functools.wraps(function)
+    def traced(*args: Any) -> Any:
+        token = _step_mesh.set(mesh)
+        try:
+            return function(*args)
+        finally:
+            _step_mesh.reset(token)
+
+    return traced
+
+
+def split_batch(tree: Any, mesh: Mesh | None = None) -> Any:
     """Arrays whose first axis is the batch, held to be split over ``data`` and ``fsdp``, forward and backward.
 
     Without it the compiler is free to gather the batch where arrays are joined or reshaped, and then each device
-    computes all of it. The other axes stay the compiler's choice. Nothing changes where the batch does not divide and
-    on a mesh of one device (or None).
+    computes all of it. The other axes stay the compiler's choice. mesh: None: that of ``traced_on``. Nothing changes
+    where the batch does not divide, on one device, and without a mesh.
     """
+    mesh = mesh or _step_mesh.get()
     ways = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if mesh is None or ways == 1:
         return tree

@@ -16,6 +16,7 @@ from mlcm_jax.errors import UserError
 from mlcm_jax.models.attention_backend import dot_product_attention
 from mlcm_jax.models.config import Table, read_config
 from mlcm_jax.models.layers import ACTIVATIONS, Conv, Dense, Embedding, LayerNorm
+from mlcm_jax.sharding import split_batch
 
 REWARD_MEAN, REWARD_STD = 0.16717362830052426, 1.0333394966054072  # of the published weights
 HEAD_WIDTHS = (1024, 128, 64, 16, 1)
@@ -122,7 +123,7 @@ class _VisionBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, _):
-        cfg, dtype = self.config, self.dtype
+        cfg, dtype, x = self.config, self.dtype, split_batch(x)
         h = LayerNorm(cfg.layer_norm_eps, dtype, name="norm1")(x)
         x = x + _VisionAttention(cfg.num_attention_heads, dtype, name="attn")(h)
         h = LayerNorm(cfg.layer_norm_eps, dtype, name="norm2")(x)
@@ -212,6 +213,7 @@ class _TextLayer(nn.Module):
     @nn.compact
     def __call__(self, x, patches, mask):
         cfg, dtype = self.config, self.dtype
+        x, patches = split_batch((x, patches))
         x = _TextAttention(cfg, dtype, name="attention")(x, x, mask)
         x = _TextAttention(cfg, dtype, name="crossattention")(x, patches, None)
         hidden = _Intermediate(cfg, dtype, name="intermediate")(x)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from mlcm_jax.models.attention_backend import dot_product_attention
 from mlcm_jax.models.clip_config import TextTowerConfig, TowerConfig, VisionTowerConfig, read_clip, text_class
 from mlcm_jax.models.layers import ACTIVATIONS, Conv, Dense, Embedding, LayerNorm
+from mlcm_jax.sharding import split_batch
 
 LEGACY_EOS = 2  # what old config.json files say for every tokenizer; the end of text is then the largest id
 
@@ -56,7 +57,7 @@ class CLIPLayer(nn.Module):
     @nn.compact
     def __call__(self, states, mask):
         cfg, dtype = self.config, self.dtype
-        x, _ = states
+        x = split_batch(states[0])
         h = LayerNorm(cfg.layer_norm_eps, dtype, name="layer_norm1")(x)
         y = x + CLIPAttention(cfg, dtype, name="self_attn")(h, mask)
         h = LayerNorm(cfg.layer_norm_eps, dtype, name="layer_norm2")(y)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from mlcm_jax.models.attention_backend import dot_product_attention
 from mlcm_jax.models.layers import Dense, LayerNorm
+from mlcm_jax.sharding import split_batch
 
 WIDENING = 4  # of feed-forward layers
 EPSILON = 1e-5  # of layer norms
@@ -96,6 +97,7 @@ class CrossLayer(nn.Module):
     @nn.compact
     def __call__(self, x, context, mask):
         sizes = (self.dim, self.heads, self.head_dim, self.dtype)
+        x, context = split_batch((x, context))
         x = x + CrossBlock(*sizes, name="cross")(x, context, mask)
         return x + SelfBlock(*sizes, name="own")(x), None
 

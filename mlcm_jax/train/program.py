@@ -109,16 +109,16 @@ def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> P
     state_shardings = jax.tree.map(lambda a: a.sharding, state)
 
     def make_step(module: UNet2DConditionModel, stage_config: ConfigDict) -> StepFn:
-        return make_train_step(
+        step = make_train_step(
             module.apply,
             schedule,
             stage_optimizer(stages),
             stage_config,
             latent_shape,
-            constrain=lambda latents: jax.lax.with_sharding_constraint(latents, batch_sharding),
             auxiliary=auxiliary,
             student_apply=module.with_guidance_embedding(config.guidance_embedding_dim).apply,
         )
+        return sharding.traced_on(mesh, step)
 
     # A kernel's products are not seen in the jaxpr, and those that only save memory are no work for an example.
     counted = UNet2DConditionModel.from_config(unet.config, dtype, attention=XLA)

@@ -18,6 +18,7 @@ from mlcm_jax.distill.consistency import JUMPS
 from mlcm_jax.distill.losses import DISTANCES
 from mlcm_jax.distill.segments import NUM_TIMESTEPS
 from mlcm_jax.distill.states import SOURCES, Rows, Source
+from mlcm_jax.sharding import split_batch
 from mlcm_jax.train import rng
 from mlcm_jax.train.auxiliary import Auxiliary
 from mlcm_jax.train.microbatches import value_and_grad
@@ -62,14 +63,13 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     config: ConfigDict,
     latent_shape: tuple[int, int, int],
-    constrain: Callable[[Latents], Latents] = lambda latents: latents,
     auxiliary: Auxiliary = Auxiliary(),  # noqa: B008  (frozen)
     student_apply: Apply | None = None,
 ) -> StepFn:
     """The update (state, frozen, batch) -> (state, metrics) of one stage.
 
     apply: (variables, latents, timesteps, conditioning) -> the denoiser's own prediction. latent_shape: height, width
-    and channels of the latents. constrain: puts the sharding of the batch on latents. auxiliary: what the weights in
+    and channels of the latents. auxiliary: what the weights in
     ``frozen.auxiliary`` belong to. student_apply: of a student that is told its guidance scale; it takes the scale's
     embedding as well.
     """
@@ -94,7 +94,7 @@ def make_train_step(
 
         keys = (rng.stream(batch.seed, name, state.step) for name in ("timesteps", "student_samples"))
         source = Source(schedule, config, partial(teacher_x0, told), partial(student_x0, state.params, told), *keys)
-        rows = Rows(batch.jumps, batch.num_segments, constrain(noise), batch.latents)
+        rows = Rows(batch.jumps, batch.num_segments, split_batch(noise), batch.latents)
         (z_m, t_m, z_n, t_n, edge, clean), pool = draw_states(source, rows, state.pool)
 
         if ends_at_edge(config):

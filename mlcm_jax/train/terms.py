@@ -23,6 +23,7 @@ from mlcm_jax.distill.preference import FORMS
 from mlcm_jax.distill.trajectory import PredictX0
 from mlcm_jax.models.discriminator import DiscriminatorHeads, block_features, is_encoder_block
 from mlcm_jax.models.unet import guidance_embedding
+from mlcm_jax.sharding import split_batch
 from mlcm_jax.train.auxiliary import Auxiliary
 from mlcm_jax.train.microbatches import LossFn, value_and_grad
 from mlcm_jax.train.state import Rival, student_variables
@@ -174,7 +175,7 @@ class Preference(Setting):
         settings = self.config.preference
 
         def judged(x0):
-            images = self.auxiliary.decode(inputs.auxiliary, x0)
+            images = split_batch(self.auxiliary.decode(inputs.auxiliary, split_batch(x0)))
             score = partial(self.auxiliary.score, inputs.auxiliary)
             scores, negative = score("scorer", images, inputs.judge_tokens["scorer"]), None
             if settings.form == "margin":

@@ -15,11 +15,12 @@ from mlcm_jax.train.program import build_program
 
 BATCH = 88  # no width and no number of tokens is a multiple of 11
 TOKENS, CHANNELS, PROMPT_TOKENS = 64, 64, 77  # of the tiny UNet's activations
+JUDGE_TOKENS = 65  # of an image in the emoji scorer
 
 
 def arrays_of_the_whole_batch(hlo, tensor):
     """Types in the program of one device that hold an activation for every example, or for the doubled batch."""
-    whole = {n * tokens for n in (BATCH, 2 * BATCH) for tokens in (1, TOKENS)}
+    whole = {n * tokens for n in (BATCH, 2 * BATCH) for tokens in (1, TOKENS, JUDGE_TOKENS)}
     found = set()
     for dtype, dims in re.findall(r"(\w+)\[([\d,]+)\]", hlo):
         sizes = [int(dim) for dim in dims.split(",")]
@@ -30,11 +31,22 @@ def arrays_of_the_whole_batch(hlo, tensor):
     return found
 
 
+JUDGED = {"scorer": "clip=examples/emoji/scorer", "weight": 1.0}
+
+
 @pytest.mark.usefixtures("quick_compiles")
-@pytest.mark.parametrize(("fsdp", "tensor"), [(4, 2), pytest.param(8, 1, marks=pytest.mark.slow)])
-def test_no_device_computes_the_whole_batch(architecture, fsdp, tensor):
+@pytest.mark.parametrize(
+    ("fsdp", "tensor", "preference"),
+    [
+        (4, 2, {}),
+        pytest.param(8, 1, {}, marks=pytest.mark.slow),
+        pytest.param(8, 1, JUDGED, marks=pytest.mark.slow),
+    ],
+)
+def test_no_device_computes_the_whole_batch(architecture, fsdp, tensor, preference):
     config = settings(batch_size=BATCH, skip=1000)  # the teacher and the student, once each
     config.mesh.update({"data": 1, "fsdp": fsdp, "tensor": tensor})
+    config.preference.update(preference)
     program = build_program(config, architecture, jax.devices())
     step = program.stages[0].step.lower(program.state, program.frozen, program.stages[0].batch)
     assert arrays_of_the_whole_batch(step.compile().as_text(), tensor) == set()
