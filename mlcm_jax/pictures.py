@@ -1,15 +1,16 @@
 """The grids and plots that a run leaves behind."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import matplotlib
 import numpy as np
+from etils import epath
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 
 def labelled_grid(
@@ -34,7 +35,7 @@ def labelled_grid(
     return np.asarray(canvas)
 
 
-def plot_loss(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
+def plot_loss(metrics: Sequence[Mapping[str, float]], path: epath.PathLike) -> None:
     """The loss against the step, with its running mean."""
     steps, losses = (np.array([m[key] for m in metrics]) for key in ("step", "loss"))
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -44,11 +45,10 @@ def plot_loss(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
     axes.plot(steps[window - 1 :], mean, label=f"mean of {window} logged steps")
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _write(figure, path)
 
 
-def plot_closeness(panels: Mapping[str, Mapping[str, Mapping[int, float]]], path: Path) -> None:
+def plot_closeness(panels: Mapping[str, Mapping[str, Mapping[int, float]]], path: epath.PathLike) -> None:
     """Distances against the number of steps, side by side.
 
     panels: name of the distance -> who drew ("student", "teacher") -> number of steps -> value.
@@ -61,7 +61,7 @@ def plot_closeness(panels: Mapping[str, Mapping[str, Mapping[int, float]]], path
 
 
 def plot_against_steps(
-    panels: Mapping[str, Mapping[str, Mapping[int, tuple[float, float, float]]]], path: Path
+    panels: Mapping[str, Mapping[str, Mapping[int, tuple[float, float, float]]]], path: epath.PathLike
 ) -> None:
     """Figures against the number of sampling steps, a panel each, four panels a row.
 
@@ -85,5 +85,10 @@ def plot_against_steps(
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, labels=[str(n) for n in ticks])
         axes.legend()
-    figure.savefig(path, dpi=110)
+    _write(figure, path)
+
+
+def _write(figure: Figure, path: epath.PathLike) -> None:
+    with epath.Path(path).open("wb") as f:
+        figure.savefig(f, dpi=110, format="png")
     plt.close(figure)

@@ -7,10 +7,12 @@ Channels-first appears only at the edge to diffusers (npy files, PyTorch compari
 from typing import Any
 
 import flax.struct
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 Params = dict[str, Any]
 Latents = Float[Array, "n h w c"]
+HostLatents = Float[np.ndarray, "n h w c"]  # fetched
 Timesteps = Int[Array, " n"]  # 0..999, the index into alphas_cumprod
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 from flax import traverse_util
 
 from mlcm_jax.errors import UserError
@@ -30,8 +31,8 @@ METADATA_KEY = "lora_adapter_metadata"  # of the safetensors header, read by dif
 NAMINGS = ("peft", "kohya")  # that are written; those that are read: lora_names.py
 
 
-def _lora_file(path: str | Path) -> Path:
-    path = Path(path)
+def _lora_file(path: epath.PathLike) -> epath.Path:
+    path = epath.Path(path)
     return path / FILE_NAME if path.is_dir() or not path.suffix else path
 
 
@@ -48,8 +49,8 @@ def _rank(lora: dict) -> int:
 
 
 def save_lora(
-    lora: Params, path: str | Path, *, naming: str = "peft", unet_shapes: Params | None = None, dtype: Any = None
-) -> Path:
+    lora: Params, path: epath.PathLike, *, naming: str = "peft", unet_shapes: Params | None = None, dtype: Any = None
+) -> epath.Path:
     """Write a scaled UNet LoRA (models/lora.py, ``scaled``); returns the file.
 
     Args:
@@ -130,7 +131,7 @@ def load_loras(path: str | Path, shapes: Mapping[str, Params], *, dtype: Any = N
     Layers of a stack that the file leaves out, or has at a lower rank, are filled with zeros. Raises UserError for a
     file that is absent or corrupt, and for tensors that the networks have no place for.
     """
-    reader = open_weights(_lora_file(path))
+    reader = open_weights(Path(_lora_file(path)))
     in_file, used = set(reader.names()), set()
     out = {}
     for part, tree in shapes.items():

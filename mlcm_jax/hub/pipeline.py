@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import transformers
+from etils import epath
 
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.fetch import SCHEDULER_NAME, Source, find_model
@@ -17,7 +17,7 @@ from mlcm_jax.hub.fetch import resolve_folder as resolve_folder
 from mlcm_jax.hub.network import Network, ShardingRule, Weights, check_class, describe_network, load_network
 from mlcm_jax.hub.network import network_shapes as network_shapes
 from mlcm_jax.hub.network import parameter_shapes as parameter_shapes
-from mlcm_jax.hub.save import save_params, write_json
+from mlcm_jax.hub.save import copy_folder, is_remote, save_params, write_json
 from mlcm_jax.hub.single_file import LAYOUTS
 from mlcm_jax.hub.tensor_reader import find_weights, read_json
 from mlcm_jax.models.attention_backend import AttentionBackend
@@ -211,9 +211,13 @@ def load_part(source: Source, part: str, model_index: Mapping[str, Any], **setti
 
 
 def save_pipeline(
-    pipeline: Pipeline, folder: str | Path, *, dtype: Any = None, scheduler_config: Mapping[str, Any] | None = None
+    pipeline: Pipeline,
+    folder: epath.PathLike,
+    *,
+    dtype: Any = None,
+    scheduler_config: Mapping[str, Any] | None = None,
 ):
-    """Write a folder that stock diffusers loads; of several processes the first writes, all must call.
+    """Write a folder that stock diffusers loads, also at gs://; of several processes the first writes, all must call.
 
     Tokenizers and components that are not networks here (a safety checker, say) are copied from ``pipeline.folder``;
     an optional one that is not there is written as absent. model_index.json comes last: without it, nothing loads.
@@ -224,8 +228,8 @@ def save_pipeline(
 
     Raises UserError when ``folder`` is the one that the pipeline was read from, or holds a file of its name.
     """
-    folder = Path(folder)
-    if folder.resolve() == pipeline.folder.resolve():
+    folder = epath.Path(folder)
+    if not is_remote(folder) and Path(folder).resolve() == pipeline.folder.resolve():
         raise UserError(f"{folder} is the folder that the model was read from: choose another to write to.")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: name a folder to write to.")
@@ -243,7 +247,7 @@ def save_pipeline(
         if isinstance(entry, list) and part not in networks and part != "scheduler" and None not in entry:
             source = (pipeline.tokenizer_folder or pipeline.folder) if part in tokenizers else pipeline.folder
             if (source / part).is_dir():
-                shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
+                copy_folder(source / part, folder / part)
             else:
                 model_index[part] = [None, None]
     write_json(scheduler_config, folder / "scheduler" / SCHEDULER_NAME)

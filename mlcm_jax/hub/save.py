@@ -3,14 +3,16 @@
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from etils import epath
 
+from mlcm_jax.distributed import host_array
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub import names
 from mlcm_jax.hub.tensor_reader import DTYPES
@@ -30,31 +32,39 @@ class Entry(NamedTuple):
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for writing that takes its real name only when it is complete and on the disk."""
+def atomic_write(path: epath.PathLike) -> Iterator[IO[bytes]]:
+    """Open a file for writing, here or at gs://, that takes its real name only when it is complete and on the disk."""
+    path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as f:
             yield f
             f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+            if not is_remote(path):
+                os.fsync(f.fileno())
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(value: Mapping[str, Any], path: Path):
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether a path is a URL, such as gs://bucket/folder."""
+    return "://" in os.fspath(path)
+
+
+def copy_folder(source: Path, target: epath.Path) -> None:
+    """Copy the files of a folder here, at any depth, to a folder here or at gs://."""
+    for file in source.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as original, atomic_write(target / str(file.relative_to(source))) as copy:
+                shutil.copyfileobj(original, copy)
+
+
+def write_json(value: Mapping[str, Any], path: epath.PathLike):
     """Write a JSON object as diffusers and transformers lay it out."""
     with atomic_write(path) as f:
         f.write((json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
-
-
-def host_array(array: Any) -> np.ndarray:
-    """The whole array on this host; an array that is spread over several processes is gathered by all of them."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        array = multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array)
 
 
 def _header(entries: list[Entry], metadata: Mapping[str, str]) -> bytes:
@@ -74,7 +84,7 @@ def _header(entries: list[Entry], metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_safetensors(entries: list[Entry], path: Path, metadata: Mapping[str, str] = FORMAT):
+def write_safetensors(entries: list[Entry], path: epath.PathLike, metadata: Mapping[str, str] = FORMAT):
     """Write entries one array at a time; of several processes the first writes, all must call.
 
     Raises UserError for a dtype other than float32, float16 and bfloat16.
@@ -124,8 +134,8 @@ def param_entries(params: Params, dtype: Any = None) -> list[Entry]:
 
 
 def save_params(
-    params: Params, config: Mapping[str, Any], folder: str | Path, *, file_name: str, dtype: Any = None
-) -> Path:
+    params: Params, config: Mapping[str, Any], folder: epath.PathLike, *, file_name: str, dtype: Any = None
+) -> epath.Path:
     """Write ``config.json`` and the weights of one component; returns the path of the weights.
 
     Args:
@@ -134,7 +144,7 @@ def save_params(
 
     Both files are written under a temporary name and renamed, so a killed process leaves no half file.
     """
-    folder = Path(folder)
+    folder = epath.Path(folder)
     config = dict(config)
     if dtype is not None:
         # transformers builds a network in the dtype that its config names

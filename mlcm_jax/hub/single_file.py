@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub import ldm, open_clip
 from mlcm_jax.hub.layout import Layout, lay_out, unchanged
@@ -56,7 +58,7 @@ def class_of_checkpoint(file: Path) -> str:
     )
 
 
-def save_single_file(class_name: str, networks: dict[str, Params], file: Path, *, dtype: Any = None) -> None:
+def save_single_file(class_name: str, networks: dict[str, Params], file: epath.PathLike, *, dtype: Any = None) -> None:
     """Write a pipeline's networks to one file; of several processes the first writes, all must call.
 
     dtype: of the written tensors; None keeps the parameters'. Raises UserError for a network without original names.

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from safetensors import SafetensorError, safe_open
 
 from mlcm_jax.errors import UserError
@@ -24,7 +25,7 @@ PICKLES = ("*.bin", "*.bin.index.json", "*.ckpt", "*.pt", "*.pth")
 NUM_LISTED = 5
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path | epath.Path) -> dict[str, Any]:
     """Return the JSON object in a file; raises UserError when it is absent or is not a JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from mlcm_jax.distributed import say
 from mlcm_jax.errors import UserError
 from mlcm_jax.train.plan import format_bytes
 from mlcm_jax.train.program import Program, StageProgram
@@ -61,7 +62,7 @@ def compile_steps(program: Program, first_step: int = 0) -> Executables:
         for step, stages in ahead.items():
             executables[step] = compiling[step].result()
             memory, seconds = step_memory(executables[step]), time.perf_counter() - start
-            print(f"{'compiled':>10}  {_names(stages)} after {seconds:.0f} s: {memory}", flush=True)
+            say(f"{'compiled':>10}  {_names(stages)} after {seconds:.0f} s: {memory}")
             _require_room(memory, _names(stages), program)
     return executables
 

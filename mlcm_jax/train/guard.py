@@ -1,11 +1,12 @@
 """When a scorer is exploited: its score rises while that of the guard, a judge that is not learnt from, falls."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
+from etils import epath
 from ml_collections import ConfigDict
 
+from mlcm_jax.distributed import say
 from mlcm_jax.train.loop import StopFn
 from mlcm_jax.train.metrics import read_metrics
 
@@ -22,7 +23,7 @@ class Means(NamedTuple):
     guard: float
 
 
-def stop_rule(config: ConfigDict, metrics: Path) -> StopFn | None:
+def stop_rule(config: ConfigDict, metrics: epath.Path) -> StopFn | None:
     """What ``loop.run`` takes as its stop_fn: the limit of the configuration, with a sentence; None where it has none.
 
     metrics: as ``GuardWatch`` takes it.
@@ -36,10 +37,9 @@ def stop_rule(config: ConfigDict, metrics: Path) -> StopFn | None:
         best = watch(step, values)
         if best is None:
             return None
-        print(
+        say(
             f"\nStopped at step {step}: the guard's score fell by more than {allowed} below its best, {best.guard:.4g} "
-            f"at step {best.step}, while the scorer's rose. What stays is the last checkpoint up to that step.",
-            flush=True,
+            f"at step {best.step}, while the scorer's rose. What stays is the last checkpoint up to that step."
         )
         return best.step
 
@@ -54,7 +54,7 @@ class GuardWatch:
     an uninterrupted one does.
     """
 
-    def __init__(self, allowed: float, metrics: Path):
+    def __init__(self, allowed: float, metrics: epath.Path):
         self._allowed, self._metrics = allowed, metrics
         self._count, self._sums, self._best, self._begun = 0, (0.0, 0.0), None, False
 

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from mlcm_jax.conditioning import encode_prompts, time_ids, unconditional
 from mlcm_jax.data.prompts import TextSource
 from mlcm_jax.data.text_states import States, TextStates
+from mlcm_jax.distributed import host_array
 from mlcm_jax.hub.pipeline import Pipeline
+from mlcm_jax.sharding import from_equal_values
 from mlcm_jax.train.program import Program
 from mlcm_jax.types import TextConditioning
 
@@ -39,8 +41,7 @@ def read_texts(program: Program, pipeline: Pipeline, sample_prompts: list[str], 
         sample = encode_prompts(pipeline, sample_prompts, size)
     else:
         none, sample = _conditioning(states.unconditional, size), _conditioning(states.sample, size)
-    replicated = jax.tree.map(lambda a: a.sharding, shapes)
-    return Texts(jax.device_put(none, replicated), sample)
+    return Texts(jax.tree.map(lambda a, like: from_equal_values(like.sharding, host_array(a)), none, shapes), sample)
 
 
 def _conditioning(states: States, image_size: int) -> TextConditioning:

@@ -1,26 +1,26 @@
 """Looking at a run: the same prompts from the same noise, drawn by teacher and student again and again."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
+from etils import epath
 
+from mlcm_jax.distributed import host_array, is_first
 from mlcm_jax.export import ddim_scheduler_config, student_scheduler_config, told_network
 from mlcm_jax.generate import decode, draw_noise, latent_distance, sample_latents
 from mlcm_jax.hub.pipeline import Network, Pipeline
 from mlcm_jax.hub.save import write_json
 from mlcm_jax.hub.vae import load_vae
-from mlcm_jax.images import image_grid
+from mlcm_jax.images import image_grid, write_image
 from mlcm_jax.pictures import labelled_grid, plot_closeness
 from mlcm_jax.train.program import Program
 from mlcm_jax.train.state import TrainState, student_variables
 from mlcm_jax.train.texts import Texts
+from mlcm_jax.types import HostLatents
 
 
 class Viewer:
-    """Draws the same pictures again and again: fixed prompts, fixed noise."""
+    """Draws the same pictures again and again: fixed prompts, fixed noise. Of several processes all must call."""
 
     def __init__(self, program: Program, pipeline: Pipeline, texts: Texts):
         config, n = program.config, len(texts.sample.pooled)
@@ -32,17 +32,17 @@ class Viewer:
         if config.sample.preview_vae:
             self._preview_vae = load_vae(config.sample.preview_vae, pipeline, dtype=jnp.dtype(config.compute_dtype))
 
-    def teacher(self, num_steps: int) -> jax.Array:
+    def teacher(self, num_steps: int) -> HostLatents:
         """Latents of the teacher, by DDIM: the solver that the student was distilled from."""
         scheduler = ddim_scheduler_config(self._pipeline.scheduler_config)
         return self._draw(self._pipeline.unet, None, scheduler, self._program.config.guidance_scale, num_steps)
 
-    def reference(self) -> jax.Array:
+    def reference(self) -> HostLatents:
         if self._reference is None:
             self._reference = self.teacher(self._sample.teacher_steps)
         return self._reference
 
-    def student(self, state: TrainState, num_steps: int) -> jax.Array:
+    def student(self, state: TrainState, num_steps: int) -> HostLatents:
         config, scheduler = self._program.config, student_scheduler_config(self._pipeline.scheduler_config)
         variables = student_variables(state.trained, self._pipeline.unet.params, config)
         scale = config.guidance_scale if config.guidance_embedding_dim else 1.0
@@ -54,7 +54,7 @@ class Viewer:
         images = np.concatenate([decode(self._preview_vae, z) for z in latents])
         return image_grid(images, columns=len(self._noise))
 
-    def finish(self, state: TrainState, workdir: Path) -> None:
+    def finish(self, state: TrainState, workdir: epath.Path) -> None:
         """The grid and the plot of the finished run, and their numbers in results.json."""
         sample = self._sample
         student = {n: self.student(state, n) for n in sample.steps}
@@ -65,20 +65,22 @@ class Viewer:
             **{f"student {n} step{'s' if n > 1 else ''}": z for n, z in student.items()},
             f"teacher {sample.teacher_few_steps} steps": few,
         }
-        folder = workdir / "samples"
-        folder.mkdir(exist_ok=True)
         pictures = {name: decode(self._pipeline.vae, z) for name, z in columns.items()}
-        Image.fromarray(labelled_grid(pictures, blocks=2)).save(folder / "final.png")
         distances = {
             "student": {n: float(latent_distance(z, self.reference()).mean()) for n, z in student.items()},
             "teacher": {n: float(latent_distance(self.teacher(n), self.reference()).mean()) for n in sample.steps},
         }
+        if not is_first():
+            return
+        folder = workdir / "samples"
+        folder.mkdir(exist_ok=True)
+        write_image(labelled_grid(pictures, blocks=2), folder / "final.png")
         panel = f"mean squared latent distance\nto the {reference_name}"
         plot_closeness({panel: distances}, folder / "closeness.png")
         write_json({"latent_mse_to_the_" + reference_name.replace(" ", "_"): distances}, workdir / "results.json")
 
-    def _draw(self, unet: Network, variables, scheduler_config, guidance_scale: float, num_steps: int) -> jax.Array:
-        return sample_latents(
+    def _draw(self, unet: Network, variables, scheduler_config, guidance_scale: float, num_steps: int) -> HostLatents:
+        latents = sample_latents(
             unet,
             scheduler_config,
             self._noise,
@@ -88,3 +90,4 @@ class Viewer:
             num_steps=num_steps,
             variables=variables,
         )
+        return host_array(latents)
