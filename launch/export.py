@@ -1,11 +1,15 @@
-"""Export a run's student: python launch/export.py --workdir=runs/emoji --format=diffusers --out=DIR."""
+"""Export a run's student: python launch/export.py --workdir=runs/emoji --format=diffusers --out=DIR.
 
+It works on the CPU alone, also while the run goes on with the accelerator.
+"""
+
+import jax
 import jax.numpy as jnp
 from absl import flags
 
 from mlcm_jax.cli import run_main
 from mlcm_jax.export import FORMATS, export
-from mlcm_jax.train.run import restore
+from mlcm_jax.train.run import read_student
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 FORMAT = flags.DEFINE_enum(
@@ -16,7 +20,8 @@ DTYPE = flags.DEFINE_enum("dtype", "float16", ["float32", "float16", "bfloat16"]
 
 
 def main():
-    config, pipeline, trained = restore(WORKDIR.value)
+    jax.config.update("jax_platforms", "cpu")
+    config, pipeline, trained = read_student(WORKDIR.value, FORMAT.value)
     export(pipeline, trained, config, OUT.value, format=FORMAT.value, dtype=jnp.dtype(DTYPE.value))
     print(f"Wrote {OUT.value}")
 

@@ -1,17 +1,39 @@
 """Resuming a run: orbax checkpoints of the train state, written aside and renamed, so that a kill leaves whole ones."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from mlcm_jax.errors import UserError
+from mlcm_jax.hub.save import is_remote
+from mlcm_jax.types import Params
 
 
-def latest_step(folder: str | Path) -> int | None:
+def latest_step(folder: epath.PathLike) -> int | None:
     """The step of the newest whole checkpoint in a run's folder of them; None where there is none."""
     return max(ocp.utils.checkpoint_steps(folder), default=None)  # of a folder that does not exist, none
+
+
+def read_trained(folder: epath.PathLike, sharding: jax.sharding.Sharding) -> Params | None:
+    """The trained parameters alone of the newest checkpoint in a run's folder, their moving average where one was kept,
+    whatever devices they were saved from; None where there is no checkpoint. sharding: of all of them."""
+    step = latest_step(folder)
+    if step is None:
+        return None
+    handler, saved = ocp.PyTreeCheckpointHandler(), _absolute(folder) / str(step) / "default"
+    tree: Any = handler.metadata(saved).tree
+    name = "params" if tree.get("ema") is None else "ema"
+    wanted = {name: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree[name])}
+    restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+    args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
+    return handler.restore(saved, args=args)[name]
+
+
+def _absolute(folder: epath.PathLike) -> epath.Path:
+    """As orbax needs it; epath takes a URL for a relative path."""
+    return epath.Path(folder) if is_remote(folder) else epath.Path(folder).absolute()
 
 
 class Checkpoints:
@@ -20,9 +42,9 @@ class Checkpoints:
     keep: how many of the newest stay.
     """
 
-    def __init__(self, folder: str | Path, *, keep: int = 2):
+    def __init__(self, folder: epath.PathLike, *, keep: int = 2):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
+        self._manager = ocp.CheckpointManager(_absolute(folder), options=options)
 
     def save(self, state: Any, step: int) -> None:
         if step != self._manager.latest_step():

@@ -4,8 +4,9 @@ decoder: latents to pictures, for the preference term. scorer, guard: judges of 
 latent_lpips: a learnt distance of latents.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,34 +28,34 @@ DECODING = ("decoder", "post_quant_conv")  # parts of an autoencoder that turn l
 
 @dataclasses.dataclass(frozen=True)
 class Auxiliary:
-    """Networks by role. The decoder's parameters are ShapeDtypeStructs where it is the teacher's own."""
+    """Networks by role; their parameters are ShapeDtypeStructs.
+
+    weights: by role, of the decoder only what decodes; without those that are the teacher's own, and empty once they
+    have been placed.
+    """
 
     decoder: Network | None = None
     judges: Mapping[str, Judge] = dataclasses.field(default_factory=dict)
     latent_lpips: Network | None = None
+    weights: dict[str, Params] = dataclasses.field(default_factory=dict)
 
-    def params(self) -> dict[str, Params]:
-        """Weights by role; of the decoder only what decodes."""
+    def shapes(self, dtype: Any) -> dict[str, Params]:
+        """ShapeDtypeStructs of the weights: of judges in ``dtype``, of the others in float32."""
         params = {role: judge.params for role, judge in self.judges.items()}
         if self.decoder is not None:
             params["decoder"] = _decoding(self.decoder.params)
         if self.latent_lpips is not None:
             params["latent_lpips"] = self.latent_lpips.params
-        return params
-
-    def shapes(self, dtype: Any) -> dict[str, Params]:
-        """ShapeDtypeStructs of the weights: of judges in ``dtype``, of the others in float32."""
         return {
             role: jax.tree.map(partial(_shape, dtype=dtype if role in self.judges else jnp.float32), tree)
-            for role, tree in self.params().items()
+            for role, tree in params.items()
         }
 
     def placed(self, shapes: Mapping[str, Params], vae: Network) -> dict[str, Params]:
-        """The weights with dtypes and shardings of ``shapes``. vae: the teacher's, with its weights."""
-        params = self.params()
-        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params.get("decoder"))):
-            params["decoder"] = _decoding(vae.params)
-        return jax.tree.map(lambda a, s: jax.device_put(jnp.asarray(a, s.dtype), s.sharding), params, dict(shapes))
+        """The weights with dtypes and shardings of ``shapes``, once: they are given away. vae: the teacher's, with its
+        weights."""
+        weights = {role: self.weights.pop(role, None) or _decoding(vae.params) for role in shapes}
+        return jax.tree.map(_put, weights, dict(shapes))
 
     def decode(self, params: Mapping[str, Params], latents: Latents) -> Float[Array, "n H W 3"]:
         """Pictures, about [-1, 1], of scaled latents."""
@@ -93,21 +94,53 @@ def read_auxiliary(configs: Sequence[ConfigDict], architecture: Pipeline) -> Aux
     is the scorer, a negative prompt for a scorer that reads no prompts, and as the loaders of the networks do.
     """
     measured = [config.latent_lpips for config in configs if config.distance == "latent_lpips"]
-    latent_lpips = _read_latent_lpips(measured[0], architecture) if measured else None
     used = [config for config in configs if config.preference.weight > 0]
-    if not used:
-        return Auxiliary(latent_lpips=latent_lpips)
-    settings, dtype = used[0].preference, jnp.dtype(used[0].compute_dtype)
+    judges, decoder, latent_lpips = {}, None, None
+    with _on_the_host():
+        if measured:
+            latent_lpips = _read_latent_lpips(measured[0], architecture)
+        if used:
+            judges = _read_judges(used[0])
+            dtype = jnp.dtype(used[0].compute_dtype)
+            decoder = _read_decoder(used[0].preference.decoder, architecture, dtype)
+    weights = {role: judge.params for role, judge in judges.items()}
+    weights |= {"decoder": _decoding(decoder.params)} if decoder and used[0].preference.decoder else {}
+    weights |= {"latent_lpips": latent_lpips.params} if latent_lpips else {}
+    without = [None if network is None else _described(network) for network in (decoder, latent_lpips)]
+    return Auxiliary(without[0], {role: _described(judge) for role, judge in judges.items()}, without[1], weights)
+
+
+@contextlib.contextmanager
+def _on_the_host() -> Iterator[None]:
+    """Where weights wait for their place: an accelerator would hold them twice, and whole."""
+    config: Any = jax.config
+    before, platforms = config.jax_default_device, config.jax_platforms
+    if not platforms or "cpu" in platforms:
+        # not jax.default_device(), which counts in this thread alone: weights are read by several
+        config.update("jax_default_device", jax.local_devices(backend="cpu")[0])
+    try:
+        yield
+    finally:
+        config.update("jax_default_device", before)
+
+
+def _described(network: Any) -> Any:
+    """A Network or a Judge without its weights."""
+    return dataclasses.replace(network, params=jax.tree.map(lambda a: _shape(a, a.dtype), network.params))
+
+
+def _read_judges(config: ConfigDict) -> dict[str, Judge]:
+    settings = config.preference
     places = {role: settings[role] for role in ("scorer", "guard") if settings[role]}
     if len(set(places.values())) < len(places):
         raise UserError(f"config.preference.guard={settings.guard!r} is the scorer itself: use another judge, or none.")
-    judges = {role: _read_judge(role, place, dtype) for role, place in places.items()}
+    judges = {role: _read_judge(role, place, jnp.dtype(config.compute_dtype)) for role, place in places.items()}
     if settings.form == "margin" and not judges["scorer"].tokenize([settings.negative_prompt]).size:
         raise UserError(
             f"config.preference.form='margin' needs a scorer that reads prompts, which {settings.scorer!r} does not: "
             "use refl."
         )
-    return Auxiliary(_read_decoder(settings.decoder, architecture, dtype), judges, latent_lpips)
+    return judges
 
 
 def _read_judge(role: str, place: str, dtype: Any) -> Judge:
@@ -132,6 +165,13 @@ def _read_decoder(folder: str, architecture: Pipeline, dtype: Any) -> Network:
     module: Any = architecture.vae.module
     in_float32 = getattr(module.config, "force_upcast", False)
     return dataclasses.replace(architecture.vae, module=module.clone(dtype=jnp.float32 if in_float32 else dtype))
+
+
+def _put(array: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    if not array.is_fully_addressable:  # the teacher's, on the mesh already
+        return jax.device_put(array.astype(like.dtype), like.sharding)
+    values = np.asarray(array).astype(like.dtype)
+    return jax.make_array_from_callback(like.shape, like.sharding, values.__getitem__)
 
 
 def _shape(leaf: Any, dtype: Any) -> jax.ShapeDtypeStruct:

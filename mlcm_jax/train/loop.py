@@ -2,21 +2,27 @@
 
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
-from PIL import Image
 from tqdm import tqdm
 
 from mlcm_jax.checkpoint import Checkpoints
+from mlcm_jax.distributed import is_first
 from mlcm_jax.errors import UserError
+from mlcm_jax.images import write_image
 from mlcm_jax.train.metrics import MetricWriter, progress_bar
 from mlcm_jax.train.state import TrainState
+
+# Steps that the host may be ahead of the device: enough to keep it busy, few enough to stop soon after a signal.
+MAX_IN_FLIGHT = 2
 
 StepFn = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 BatchFn = Callable[[int], Any]
@@ -29,40 +35,41 @@ def run(
     step_fn: StepFn,
     batch_fn: BatchFn,
     config: ConfigDict,
-    workdir: Path,
+    workdir: epath.Path,
+    checkpoints: Checkpoints,
     *,
     sample_fn: SampleFn | None = None,
     stop_fn: StopFn | None = None,
 ) -> TrainState:
-    """Train to ``config.num_steps`` from the newest checkpoint of ``workdir``, else from ``state``.
+    """Train from ``state`` to ``config.num_steps``.
 
-    step_fn: jit-ed (state, batch) -> (state, metrics with "loss"). batch_fn: the batch of a step, as a pure function
+    step_fn: compiled (state, batch) -> (state, metrics with "loss"). batch_fn: the batch of a step, as a pure function
     of the step, so that a resumed run sees what the killed one would have. sample_fn: a picture, uint8 [H, W, 3],
     written to workdir/samples every ``sample_every`` steps. stop_fn: called with each logged step and its metrics;
     where it returns a step, training ends with the newest checkpoint of at most this one, and later ones are removed.
-    SIGTERM (a pre-emption) saves a checkpoint and ends the run. Raises UserError when the loss is not finite.
+    SIGTERM (a pre-emption) in any process saves a checkpoint and ends the run in all of them. Raises UserError when the
+    loss is not finite.
     """
-    # An error, in a picture say, must not cut short a checkpoint that is still being written.
-    with closing(Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)) as checkpoints:
-        restored = checkpoints.restore(state)
-        state = state if restored is None else restored
-        start = int(state.step)
-        with closing(MetricWriter(workdir, start_step=start)) as writer, StopOnSignal() as stop:
-            report = Report(config, writer, progress_bar(config.num_steps, start), workdir)
-            for step in range(start + 1, config.num_steps + 1):
-                state, metrics = step_fn(state, batch_fn(step - 1))
-                stopping = stop.requested  # read once: a signal that comes later in this step ends the next one
-                last = step == config.num_steps or stopping
-                save = step % config.checkpoint_every == 0 or last
-                logged = report.step(step, metrics, show=save or step == start + 1, last=last)
-                if stop_fn and logged and (good := stop_fn(step, logged)) is not None:
-                    return _gone_back(checkpoints, state, good)
-                if save:
-                    checkpoints.save(state, step)
-                if sample_fn and (step % config.sample_every == 0 or last):
-                    _write_sample(sample_fn(state), step, workdir, writer)
-                if stopping:
-                    raise SystemExit(f"Stopped by a signal at step {step}: run the same command to go on.")
+    start, in_flight = int(state.step), deque()
+    with closing(MetricWriter(workdir, start_step=start)) as writer, StopOnSignal() as stop:
+        report = Report(config, writer, progress_bar(config.num_steps, start), workdir)
+        for step in range(start + 1, config.num_steps + 1):
+            state, metrics = step_fn(state, batch_fn(step - 1))
+            in_flight.append(metrics["loss"])
+            if len(in_flight) > MAX_IN_FLIGHT:
+                jax.block_until_ready(in_flight.popleft())
+            stopping = stop.requested(step)  # read once: a signal that comes later in this step ends the next one
+            last = step == config.num_steps or stopping
+            save = step % config.checkpoint_every == 0 or last
+            logged = report.step(step, metrics, show=save or step == start + 1, last=last)
+            if stop_fn and logged and (good := stop_fn(step, logged)) is not None:
+                return _gone_back(checkpoints, state, good)
+            if save:
+                checkpoints.save(state, step)
+            if sample_fn and (step % config.sample_every == 0 or last) and not stopping:
+                _write_sample(sample_fn(state), step, workdir, writer)
+            if stopping:
+                raise SystemExit(f"Stopped by a signal at step {step}: run the same command to go on.")
     return state
 
 
@@ -79,7 +86,7 @@ def _gone_back(checkpoints: Checkpoints, state: TrainState, step: int) -> TrainS
 class Report:
     """Hands the metrics of a step to the progress bar and, every ``log_every`` steps, to the writer."""
 
-    def __init__(self, config: ConfigDict, writer: MetricWriter, bar: tqdm, workdir: Path):
+    def __init__(self, config: ConfigDict, writer: MetricWriter, bar: tqdm, workdir: epath.Path):
         self._config, self._writer, self._bar, self._workdir = config, writer, bar, workdir
         self._start, self._steps = time.perf_counter(), 0
 
@@ -105,31 +112,42 @@ class Report:
         return values if log else None
 
 
-def _write_sample(image: np.ndarray, step: int, workdir: Path, writer: MetricWriter) -> None:
+def _write_sample(image: np.ndarray, step: int, workdir: epath.Path, writer: MetricWriter) -> None:
+    if not is_first():
+        return
     folder = workdir / "samples"
     folder.mkdir(exist_ok=True)
-    Image.fromarray(image).save(folder / f"step_{step:06d}.png")
+    write_image(image, folder / f"step_{step:06d}.png")
     writer.image(step, "samples", image)
 
 
-def _require_finite(values: dict[str, float], step: int, workdir: Path) -> None:
+def _require_finite(values: dict[str, float], step: int, workdir: epath.Path) -> None:
     if not np.isfinite(values["loss"]):
         raise UserError(
-            f"The loss is {values['loss']} at step {step}: lower optim.learning_rate and start again; "
-            f"the checkpoints before it are whole in {workdir / 'checkpoints'}."
+            f"The loss is {values['loss']} at step {step}: to go on from the last whole checkpoint in "
+            f"{workdir / 'checkpoints'}, lower --config.optim.learning_rate and add --new_learning_rate."
         )
 
 
 class StopOnSignal:
-    """While it is entered, SIGTERM, which a pre-empted machine gets some seconds before it goes, is remembered."""
+    """While it is entered, SIGTERM, which a pre-empted machine gets some seconds before it goes, is remembered.
+
+    Of several processes jax takes the signal, tells the others and names the step at which all stop.
+    """
 
     def __enter__(self) -> "StopOnSignal":
-        self.requested = False
-        self._previous = signal.signal(signal.SIGTERM, self._remember)
+        self._alone, self._received = jax.process_count() == 1, False
+        if self._alone:
+            self._previous = signal.signal(signal.SIGTERM, self._remember)
         return self
 
     def __exit__(self, *_):
-        signal.signal(signal.SIGTERM, self._previous)
+        if self._alone:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop after ``step``; to be asked once at every step."""
+        return self._received if self._alone else multihost_utils.reached_preemption_sync_point(step)
 
     def _remember(self, *_):
-        self.requested = True
+        self._received = True

@@ -65,10 +65,10 @@ class Program:
     create_state: Callable[[Params | None], TrainState]
 
     def init_state(self, start: Params | None) -> TrainState:
-        """The state at step 0. start: what the trained weights start from, float32: the teacher's UNet or a LoRA; None
-        for a LoRA that changes nothing yet."""
+        """The state at step 0. start: what the trained weights start from, float32: the teacher's UNet or a LoRA, whose
+        memory the state takes over; None for a LoRA that changes nothing yet."""
         shardings = jax.tree.map(lambda a: a.sharding, self.state)
-        return jax.jit(self.create_state, out_shardings=shardings)(start)
+        return jax.jit(self.create_state, out_shardings=shardings, donate_argnums=0)(start)
 
 
 def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> Program:

@@ -7,17 +7,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
+from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from mlcm_jax import sharding
-from mlcm_jax.checkpoint import Checkpoints, latest_step
-from mlcm_jax.config import base, validate
+from mlcm_jax.checkpoint import Checkpoints, latest_step, read_trained
+from mlcm_jax.config import validate
 from mlcm_jax.data.latents import LatentFile
 from mlcm_jax.data.prompts import open_prompts, read_prompts
+from mlcm_jax.distributed import is_first, meet, say
 from mlcm_jax.errors import UserError
-from mlcm_jax.export import export
+from mlcm_jax.export import export, exported_parts
 from mlcm_jax.hub.fetch import resolve_lora
-from mlcm_jax.hub.load import read_json
 from mlcm_jax.hub.lora import FILE_NAME as LORA_FILE
 from mlcm_jax.hub.lora import load_lora
 from mlcm_jax.hub.pipeline import Pipeline, load_part, load_pipeline, read_architecture
@@ -30,36 +32,33 @@ from mlcm_jax.train.feed import Feed
 from mlcm_jax.train.guard import stop_rule
 from mlcm_jax.train.metrics import read_metrics
 from mlcm_jax.train.program import Program, attention_backend, build_program
+from mlcm_jax.train.resume import CONFIG_FILE, changed_schedule, check_resume, read_settings
 from mlcm_jax.train.stages import read_stages
 from mlcm_jax.train.step import Frozen
 from mlcm_jax.train.texts import Texts, open_states, read_texts
 from mlcm_jax.train.viewer import Viewer
 from mlcm_jax.types import Params
 
-# Settings that may change when a run goes on: they say how long, how often and on what, not what is trained.
-MAY_CHANGE = (
-    "num_steps",
-    "log_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "sample_every",
-    "sample",
-    "mesh",
-    "attention",
-    "unroll",
-)
-CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
 
 
-def distill(config: ConfigDict, workdir: str | Path, *, plan_only: bool = False, compile_only: bool = False) -> None:
+def distill(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    *,
+    plan_only: bool = False,
+    compile_only: bool = False,
+    new_learning_rate: bool = False,
+) -> None:
     """Run the whole job: print the plan, compile, train, and leave samples/, figures and export/ in ``workdir``.
 
     plan_only: stop after the plan. compile_only: stop when the steps are compiled, for jax's compilation cache; the
-    teacher's weights are not needed. Raises UserError, before anything is compiled, for input that cannot work.
+    teacher's weights are not needed. new_learning_rate: a run that goes on may have other learning rates than before.
+    Of several processes all must call; the first prints and writes. Raises UserError, before anything is compiled, for
+    input that cannot work.
     """
-    workdir = Path(workdir)
-    _check_resume(config, workdir)
+    workdir = epath.Path(workdir)
+    check_resume(config, workdir, new_learning_rate=new_learning_rate)
     for stage in read_stages(config):
         validate(stage.config)
     prompts, sample_prompts = open_prompts(config.prompts, config.prompts_column), read_prompts(config.sample.prompts)
@@ -68,19 +67,25 @@ def distill(config: ConfigDict, workdir: str | Path, *, plan_only: bool = False,
     if config.latents:
         latents = LatentFile(config.latents, n=len(prompts), latent_shape=program.latent_shape)
     states = open_states(program, prompts, sample_prompts)
-    print(program.plan, flush=True)
+    say(program.plan)
     if plan_only:
         return
-    executables = compile_steps(program, latest_step(workdir / CHECKPOINTS) or 0)
+    start = latest_step(workdir / CHECKPOINTS) or 0
+    if start:
+        say(f"{'going on':>10}  after step {start}{changed_schedule(config, workdir, start)}")
     if compile_only:
+        compile_steps(program, start)
         return
     pipeline = load_teacher(program, jnp.dtype(config.frozen_dtype), with_text=states is None)
+    starting = None if start else starting_weights(program, pipeline)
+    executables = compile_steps(program, start)  # what cannot be read has been refused by now
+    meet("loaded")
     texts = read_texts(program, pipeline, sample_prompts, states)
     with closing(Feed(program, pipeline, prompts, latents, states)) as feed:
-        trained = train(program, executables, pipeline, feed, texts, workdir)
-    del pipeline
+        trained = train(program, executables, starting, pipeline, feed, texts, workdir)
+    del pipeline, feed
     export(load_teacher(program, None), trained, config, workdir / "export", format="diffusers")
-    print(f"The student is in {workdir / 'export'}, its pictures are in {workdir / 'samples'}.")
+    say(f"The student is in {workdir / 'export'}, its pictures are in {workdir / 'samples'}.")
 
 
 def describe_teacher(config: ConfigDict, *, weights_needed: bool) -> Pipeline:
@@ -92,7 +97,7 @@ def describe_teacher(config: ConfigDict, *, weights_needed: bool) -> Pipeline:
     return read_architecture(config.teacher, dtype, **_files(config))
 
 
-def _files(config: ConfigDict) -> dict[str, str | None]:
+def _files(config: ConfigDict) -> dict[str, Any]:
     """Which of the teacher's files are read, as ``load_pipeline`` takes it."""
     keys = {"architecture": "architecture", "variant": "teacher_variant", "revision": "teacher_revision"}
     return {name: config[key] or None for name, key in keys.items()}
@@ -123,15 +128,20 @@ def load_teacher(program: Program, param_dtype: Any, *, with_text: bool = True) 
 def train(
     program: Program,
     executables: Executables,
+    starting: Params | None,
     pipeline: Pipeline,
     feed: Feed,
     texts: Texts,
-    workdir: Path,
+    workdir: epath.Path,
 ) -> Params:
-    """Train to the last step; returns the trained parameters (their moving average where one is kept)."""
+    """Train to the last step; returns the trained parameters (their moving average where one is kept).
+
+    starting: as ``Program.init_state`` takes it, for a run that has no checkpoint.
+    """
     config = program.config
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(json.loads(config.to_json()), workdir / CONFIG_FILE)
+    if is_first():
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(json.loads(config.to_json()), workdir / CONFIG_FILE)
     frozen = Frozen(
         pipeline.unet.params,
         texts.unconditional,
@@ -139,17 +149,24 @@ def train(
     )
     viewer = Viewer(program, pipeline, texts)
 
-    state = loop.run(
-        program.init_state(starting_weights(program, pipeline)),
-        lambda state, fed: executables[fed.stage.step](state, frozen, fed.batch),
-        feed,
-        config,
-        workdir,
-        sample_fn=viewer.progress,
-        stop_fn=stop_rule(config, workdir / "metrics.jsonl"),
-    )
+    # An error, in a picture say, must not cut short a checkpoint that is still being written.
+    with closing(Checkpoints(workdir / CHECKPOINTS, keep=config.keep_checkpoints)) as checkpoints:
+        state = checkpoints.restore(program.state)
+        if state is None:
+            state = program.init_state(starting)
+        state = loop.run(
+            state,
+            lambda state, fed: executables[fed.stage.step](state, frozen, fed.batch),
+            feed,
+            config,
+            workdir,
+            checkpoints,
+            sample_fn=viewer.progress,
+            stop_fn=stop_rule(config, workdir / "metrics.jsonl"),
+        )
     viewer.finish(state, workdir)
-    plot_loss(read_metrics(workdir / "metrics.jsonl"), workdir / "samples" / "loss.png")
+    if is_first():
+        plot_loss(read_metrics(workdir / "metrics.jsonl"), workdir / "samples" / "loss.png")
     return state.trained
 
 
@@ -188,30 +205,18 @@ def _starting_lora(program: Program, unet: Params) -> Params:
     return found
 
 
-def restore(workdir: str | Path) -> tuple[ConfigDict, Pipeline, Params]:
-    """The configuration, the teacher and the newest trained parameters of a run.
+def read_student(workdir: epath.PathLike, format: str) -> tuple[ConfigDict, Pipeline, Params]:
+    """What ``export`` takes for a format: the settings, the teacher and the newest trained parameters of a run.
 
+    All is put on one device, whatever the run was trained on; nothing is read that the export does not hold.
     Raises UserError when ``workdir`` holds no run or no checkpoint.
     """
-    workdir = Path(workdir)
-    if not (workdir / CONFIG_FILE).is_file():
+    workdir = epath.Path(workdir)
+    config = read_settings(workdir)
+    if config is None:
         raise UserError(f"{workdir} holds no run: name the --workdir that launch/train.py was given.")
-    config = ConfigDict({**base().to_dict(), **read_json(workdir / CONFIG_FILE)})  # an older run lacks newer settings
-    program = build_program(config, describe_teacher(config, weights_needed=True))
-    state = Checkpoints(workdir / "checkpoints").restore(program.state)
-    if state is None:
+    trained = read_trained(workdir / CHECKPOINTS, SingleDeviceSharding(jax.devices()[0]))
+    if trained is None:
         raise UserError(f"{workdir} holds no checkpoint yet: let launch/train.py run to its first one.")
-    return config, load_teacher(program, None), state.trained
-
-
-def _check_resume(config: ConfigDict, workdir: Path) -> None:
-    """Raise UserError when ``workdir`` holds a run with other settings."""
-    if not (workdir / CONFIG_FILE).is_file():
-        return
-    before, now = read_json(workdir / CONFIG_FILE), json.loads(config.to_json())
-    changed = [k for k in now if k not in MAY_CHANGE and before.get(k) != now[k]]
-    if changed:
-        raise UserError(
-            f"{workdir} holds a run with other settings ({', '.join(changed)}): use another --workdir, or the settings "
-            f"in {workdir / CONFIG_FILE}."
-        )
+    parts = exported_parts(read_architecture(config.teacher, **_files(config)), config, format)
+    return config, load_pipeline(config.teacher, parts=parts, **_files(config)), trained

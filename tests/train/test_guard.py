@@ -1,5 +1,7 @@
 """A run whose scorer is exploited ends with the student from before; others go on."""
 
+from contextlib import closing
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import optax
 import pytest
 from small_runs import settings
 
-from mlcm_jax.checkpoint import latest_step
+from mlcm_jax.checkpoint import Checkpoints, latest_step
 from mlcm_jax.config import validate
 from mlcm_jax.errors import UserError
 from mlcm_jax.train import loop
@@ -36,7 +38,10 @@ def train(workdir, *, allowed, num_steps=NUM_STEPS, **values):
     config.preference.stop_when_guard_falls = allowed
     state = create({"x": jnp.zeros(1)}, optax.sgd(RATE))
     stop_fn = stop_rule(config, workdir / "metrics.jsonl")
-    return loop.run(state, jax.jit(exploiting_step), lambda step: None, config, workdir, stop_fn=stop_fn)
+    with closing(Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)) as checkpoints:
+        restored = checkpoints.restore(state)
+        state, step = (state if restored is None else restored), jax.jit(exploiting_step)
+        return loop.run(state, step, lambda step: None, config, workdir, checkpoints, stop_fn=stop_fn)
 
 
 def test_an_exploiting_run_goes_back(tmp_path, capfd):

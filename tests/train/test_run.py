@@ -1,83 +1,18 @@
 """The programs in real processes: killed and resumed runs, and exports as stock diffusers draws them."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from programs import PROMPT, Programs, losses, saved_steps, signal_after
 from tiny_models import ONE_LEVEL_XL, save_sdxl
 
-from mlcm_jax.train.metrics import read_metrics
-
-ROOT = Path(__file__).parents[2]
 NUM_STEPS = 12
-PROMPT = "red heart"
 STEPS = [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3)), 4]
 STEPS += [pytest.param(n, marks=pytest.mark.slow) for n in (5, 6, 7, 8)]
-
-
-class Programs:
-    """launch/*.py on one CPU device, with one cache of compiled programs for all processes of the module."""
-
-    def __init__(self, folder: Path, teacher: Path):
-        self.folder, self.teacher = folder, teacher
-        (folder / "prompts.txt").write_text("red heart\nblue star\ngreen leaf\nyellow sun\nblack cat\n")
-        (folder / "grid.txt").write_text(PROMPT + "\n")
-        self.env = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "",
-            "HF_HUB_OFFLINE": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        }
-
-    def start(self, program: str, *args: str) -> subprocess.Popen:
-        command = [sys.executable, f"launch/{program}.py", *args]
-        return subprocess.Popen(
-            command, cwd=ROOT, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-
-    def run(self, program: str, *args: str) -> tuple[str, str]:
-        process = self.start(program, *args)
-        try:
-            out, err = process.communicate(timeout=1500)
-        finally:
-            process.kill()
-        assert process.returncode == 0, err[-3000:]
-        return out, err
-
-    def train_args(self, workdir: Path, **settings) -> list[str]:
-        values = {
-            "teacher": self.teacher,
-            "prompts": self.folder / "prompts.txt",
-            "num_steps": NUM_STEPS,
-            "batch_size": 2,
-            "num_segments": 4,
-            "log_every": 1,
-            "checkpoint_every": 5,
-            "sample.prompts": self.folder / "grid.txt",
-            "sample.steps": "1,4",
-            "sample.teacher_steps": 4,
-            "sample.teacher_few_steps": 1,
-        } | settings
-        overrides = [f"--config.{name}={value}" for name, value in values.items()]
-        return ["--config=configs/emoji.py", f"--workdir={workdir}", *overrides]
-
-    def sample(self, model: Path, latents: Path, num_steps: int, *args: str) -> np.ndarray:
-        out = self.folder / f"{model.name}_{num_steps}.png"
-        self.run(
-            "sample", f"--model={model}", f"--prompt={PROMPT}", f"--latents={latents}", f"--steps={num_steps}",
-            f"--out={out}", *args,
-        )  # fmt: skip
-        return np.asarray(Image.open(out))
 
 
 @pytest.fixture(scope="module")
@@ -102,32 +37,15 @@ def latents(programs):
     return path
 
 
-def signal_after(process: subprocess.Popen, metrics: Path, step: int, number: signal.Signals) -> str:
-    """Send a signal as soon as the run has written the metrics of ``step`` and a checkpoint; returns stderr."""
-    deadline = time.monotonic() + 1500
-    # On a busy machine steps overtake the checkpoint that is written beside them.
-    while not (any(m["step"] >= step for m in read_metrics(metrics)) and saved_steps(metrics.parent)):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-3000:]
-        time.sleep(0.005)
-    process.send_signal(number)
-    return process.communicate(timeout=600)[1]
-
-
-def saved_steps(workdir: Path) -> list[int]:
-    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
-
-
-def losses(workdir: Path) -> list[tuple[int, float, float]]:
-    return [(m["step"], m["loss"], m["grad_norm"]) for m in read_metrics(workdir / "metrics.jsonl")]
-
-
 def test_a_run_says_what_it_does_and_leaves_all_its_files(finished):
     workdir, out, err = finished
     lines = out.splitlines()
-    assert [line.split()[0] for line in lines[:6]] == ["teacher", "training", "devices", "images", "stage", "memory"]
+    assert lines[0].split() == ["processes", "1:", "no", "cluster", "detected"]
+    plan = ["teacher", "training", "devices", "images", "stage", "memory"]
+    assert [line.split()[0] for line in lines[1:7]] == plan
     assert "1 x cpu, mesh data 1 x fsdp 1 x tensor 1" in out and "32 x 32 px" in out
-    assert lines[6].startswith("  compiled  stage 1 after ") and lines[6].endswith(" temporaries)")
-    assert lines[7:] == [f"The student is in {workdir / 'export'}, its pictures are in {workdir / 'samples'}."]
+    assert lines[7].startswith("  compiled  stage 1 after ") and lines[7].endswith(" temporaries)")
+    assert lines[8:] == [f"The student is in {workdir / 'export'}, its pictures are in {workdir / 'samples'}."]
     bar = err.replace("\r", "\n").strip().splitlines()
     assert f"{NUM_STEPS}/{NUM_STEPS}" in bar[-1] and "loss=" in bar[-1] and "examples_per_s=" in bar[-1]
     assert all("step" in line for line in bar if line.strip()), "nothing but the progress bar is on stderr"
@@ -149,12 +67,14 @@ def test_killed_and_preempted_runs_go_on_as_if_nothing_had_happened(programs, fi
 
     process = programs.start("train", *args)
     signal_after(process, metrics, 7, signal.SIGKILL)
+    process.communicate()
     assert process.returncode == -signal.SIGKILL
     killed_at = losses(workdir)[-1][0]
     assert 7 <= killed_at < NUM_STEPS and saved_steps(workdir)[-1] < killed_at, "there are steps to repeat"
 
     process = programs.start("train", *args)
-    err = signal_after(process, metrics, killed_at + 1, signal.SIGTERM)
+    signal_after(process, metrics, killed_at + 1, signal.SIGTERM)
+    _, err = process.communicate()
     assert process.returncode not in (0, -signal.SIGTERM)
     stopped_at = saved_steps(workdir)[-1]
     assert f"Stopped by a signal at step {stopped_at}: run the same command to go on." in err
@@ -180,7 +100,7 @@ def test_steps_are_compiled_without_weights_and_nothing_is_trained(programs):
 def test_other_settings_in_the_same_workdir_are_refused(programs, finished):
     process = programs.start("train", *programs.train_args(finished[0], num_segments=2))
     out, err = process.communicate(timeout=600)
-    assert process.returncode == 2 and out == ""
+    assert process.returncode == 2 and out == " processes  1: no cluster detected\n"
     assert err.startswith(f"error: {finished[0]} holds a run with other settings (num_segments)")
 
 

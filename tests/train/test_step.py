@@ -182,7 +182,8 @@ def run_steps(architecture, config, num_devices, num_steps):
         guidance_scale=jax.device_put(np.full(config.batch_size, 3, np.float32), stage.batch.jumps.sharding),
         seed=jax.device_put(np.int32(config.seed), stage.batch.seed.sharding),
     )
-    state = program.init_state(frozen.teacher if config.trainable == "full" else None)
+    teacher = random_like(program.frozen.teacher, 0, 0.1) if config.trainable == "full" else None
+    state = program.init_state(teacher)
     before = jax.device_get((frozen.teacher, state.params))
     losses = []
     for step in range(num_steps):

@@ -147,7 +147,7 @@ def test_a_step_with_all_terms_trains_student_and_rivals(convolutional):
     for name in weights:
         assert np.isfinite(metrics[name]), name
     np.testing.assert_allclose(metrics["loss"], sum(w * metrics[name] for name, w in weights.items()), rtol=1e-5)
-    scale = np.exp(float(program.auxiliary.judges["scorer"].params["clip"]["logit_scale"]))
+    scale = np.exp(float(frozen.auxiliary["scorer"]["clip"]["logit_scale"]))
     np.testing.assert_allclose(metrics["preference_guard"], scale * metrics["preference_score"], rtol=1e-3)
     assert set(state.rivals) == {"distribution_matching", "adversarial"}
     fake = state.rivals["distribution_matching"].params
@@ -211,7 +211,16 @@ def test_preference_raises_the_score_and_never_learns_from_the_guard():
     def loss(auxiliary):
         def of(x0):
             tokens = auxiliary.tokenize(["red heart", "sun"])
-            seen = Inputs(x0, None, Told(None, None), {}, None, jax.random.key(0), auxiliary.params(), tokens)
+            seen = Inputs(
+                x0,
+                None,
+                Told(None, None),
+                {},
+                None,
+                jax.random.key(0),
+                auxiliary.weights | {"decoder": vae.params},
+                tokens,
+            )
             return Preference(None, SCHEDULE, config, auxiliary).loss({}, seen)
 
         return jax.jit(jax.value_and_grad(of, has_aux=True))

@@ -1,0 +1,87 @@
+"""One process of a run of a toy network, by the project's own start, loop and checkpoints:
+
+python tests/multihost_worker.py WORKDIR NUM_STEPS FSDP [HOST:PORT PROCESSES NUMBER]
+"""
+
+import json
+import sys
+from contextlib import closing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from toy_denoiser import LATENT_SHAPE, toy_apply, toy_batch, toy_conditioning, toy_params, toy_state
+
+from mlcm_jax import distributed, sharding
+from mlcm_jax.checkpoint import Checkpoints
+from mlcm_jax.errors import UserError
+from mlcm_jax.train import loop
+from mlcm_jax.train.agenda import rows_at
+from mlcm_jax.train.optim import make_optimizer
+from mlcm_jax.train.stages import read_stages
+from mlcm_jax.train.step import Frozen, make_train_step
+
+BATCH_SIZE = 8
+RULES = ((r"(^|/)a$", (None, "fsdp")), (r"(^|/)b$", ("fsdp", None)))
+FAILS = 999_999  # a number of steps with which process 1 finds something wrong
+
+
+def train(workdir: epath.Path, num_steps: int, fsdp: int, devices=None) -> None:
+    """To the last step, from the newest checkpoint of ``workdir``; leaves weights.json."""
+    from small_runs import SCHEDULE, settings  # makes arrays, which must wait until the processes have met
+
+    config = settings(batch_size=BATCH_SIZE, num_steps=num_steps, log_every=1, checkpoint_every=2, ema_decay=0.9)
+    config.mesh.fsdp = fsdp
+    mesh, stages = sharding.make_mesh(config.mesh, devices), read_stages(config)
+    rows, replicated = sharding.batch_sharding(mesh), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    optimizer = make_optimizer(config.optim, num_steps)
+    step = make_train_step(toy_apply, SCHEDULE, optimizer, config, LATENT_SHAPE)
+
+    def start():
+        return toy_state(toy_params(1), optimizer, BATCH_SIZE, with_ema=True)
+
+    placements = sharding.param_shardings(jax.eval_shape(start), mesh, RULES, min_size=1)
+    placements = placements.replace(pool=jax.tree.map(lambda _: rows, placements.pool))
+    frozen = jax.tree.map(
+        lambda a: sharding.from_equal_values(replicated, a), Frozen(toy_params(2), toy_conditioning(1, 4))
+    )
+
+    def batch(number):
+        """This process's rows alone reach its devices."""
+        whole = toy_batch(BATCH_SIZE, number, rows_at(stages, number).jumps, config.num_segments)
+        mine = sharding.local_rows(rows, BATCH_SIZE)
+        return jax.tree.map(
+            lambda a: (
+                sharding.from_local_rows(rows, np.asarray(a)[mine])
+                if jnp.ndim(a)
+                else sharding.from_equal_values(replicated, a)
+            ),
+            whole,
+        )
+
+    if num_steps == FAILS and jax.process_index() == 1:
+        raise UserError("A file is missing here.")
+    abstract = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), jax.eval_shape(start), placements
+    )
+    with closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
+        state = checkpoints.restore(abstract)
+        if state is None:
+            state = jax.jit(start, out_shardings=placements)()
+        step = jax.jit(step, donate_argnums=0, out_shardings=(placements, replicated))
+        state = loop.run(state, lambda s, b: step(s, frozen, b), batch, config, workdir, checkpoints)
+    weights = {name: distributed.host_array(values).tolist() for name, values in state.trained.items()}
+    if distributed.is_first():
+        (workdir / "weights.json").write_text(json.dumps(weights))
+
+
+def main():
+    workdir, num_steps, fsdp, *processes = sys.argv[1:]
+    address, count, number = processes or (None, None, None)
+    with distributed.joined(address, count and int(count), number and int(number), heartbeat_timeout=15):
+        train(epath.Path(workdir), int(num_steps), int(fsdp))
+
+
+if __name__ == "__main__":
+    main()
