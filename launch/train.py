@@ -26,6 +26,9 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, fr
 HEARTBEAT_TIMEOUT = flags.DEFINE_float(
     "heartbeat_timeout", distributed.HEARTBEAT_TIMEOUT, "Seconds of silence after which a process counts as dead.", 1.0
 )
+PROFILE_STEPS = flags.DEFINE_string(
+    "profile_steps", None, "FIRST:STOP: trace the steps FIRST <= step < STOP into workdir/profile, for TensorBoard."
+)
 flags.mark_flag_as_required("config")
 
 
@@ -38,6 +41,7 @@ def main():
             plan_only=PLAN_ONLY.value,
             compile_only=COMPILE_ONLY.value,
             new_learning_rate=NEW_LEARNING_RATE.value,
+            profile_steps=PROFILE_STEPS.value,
         )
 
 

@@ -113,6 +113,7 @@ def base() -> ConfigDict:
 
     # Looking at it
     config.log_every = 10  # steps; to metrics.jsonl, TensorBoard and the progress bar
+    config.wandb_project = ""  # of Weights & Biases, for the same metrics and grids (extra wandb); "": not there
     config.checkpoint_every = 500  # steps
     config.keep_checkpoints = 2
     config.sample_every = 500  # steps

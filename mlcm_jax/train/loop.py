@@ -1,8 +1,6 @@
 """The loop around any train step: resume, log, sample, checkpoint; it knows nothing of what is trained."""
 
 import signal
-import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any
@@ -12,17 +10,16 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from mlcm_jax.checkpoint import Checkpoints
 from mlcm_jax.distributed import is_first
 from mlcm_jax.errors import UserError
 from mlcm_jax.images import write_image
 from mlcm_jax.train.metrics import MetricWriter, progress_bar
+from mlcm_jax.train.profiling import Profile
+from mlcm_jax.train.report import Known, Report
 from mlcm_jax.train.state import TrainState
-
-# Steps that the host may be ahead of the device: enough to keep it busy, few enough to stop soon after a signal.
-MAX_IN_FLIGHT = 2
+from mlcm_jax.train.wandb_run import WandbRun
 
 StepFn = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 BatchFn = Callable[[int], Any]
@@ -38,26 +35,32 @@ def run(
     workdir: epath.Path,
     checkpoints: Checkpoints,
     *,
+    known: Known,
     sample_fn: SampleFn | None = None,
     stop_fn: StopFn | None = None,
+    profile: Profile | None = None,
 ) -> TrainState:
     """Train from ``state`` to ``config.num_steps``.
 
     step_fn: compiled (state, batch) -> (state, metrics with "loss"). batch_fn: the batch of a step, as a pure function
     of the step, so that a resumed run sees what the killed one would have. sample_fn: a picture, uint8 [H, W, 3],
-    written to workdir/samples every ``sample_every`` steps. stop_fn: called with each logged step and its metrics;
-    where it returns a step, training ends with the newest checkpoint of at most this one, and later ones are removed.
+    written to workdir/samples every ``sample_every`` steps. known: of each step before it runs. stop_fn: called with
+    each logged step and its metrics; where it returns a step, training ends with the newest checkpoint of at most this
+    one, and later ones are removed. profile: steps to trace. The next batch is asked for while a step runs.
     SIGTERM (a pre-emption) in any process saves a checkpoint and ends the run in all of them. Raises UserError when the
     loss is not finite.
     """
-    start, in_flight = int(state.step), deque()
-    with closing(MetricWriter(workdir, start_step=start)) as writer, StopOnSignal() as stop:
-        report = Report(config, writer, progress_bar(config.num_steps, start), workdir)
+    start = int(state.step)
+    with closing(_writer(config, workdir, start)) as writer, StopOnSignal() as stop:
+        bar, folder = progress_bar(config.num_steps, start), workdir / "checkpoints"
+        report = Report(config, writer, bar, known, profile, checkpoints=folder)
+        batch = batch_fn(start) if start < config.num_steps else None
         for step in range(start + 1, config.num_steps + 1):
-            state, metrics = step_fn(state, batch_fn(step - 1))
-            in_flight.append(metrics["loss"])
-            if len(in_flight) > MAX_IN_FLIGHT:
-                jax.block_until_ready(in_flight.popleft())
+            report.begins(step)
+            state, metrics = step_fn(state, batch)
+            if step < config.num_steps:
+                with report.clock.waiting():
+                    batch = batch_fn(step)
             stopping = stop.requested(step)  # read once: a signal that comes later in this step ends the next one
             last = step == config.num_steps or stopping
             save = step % config.checkpoint_every == 0 or last
@@ -65,9 +68,11 @@ def run(
             if stop_fn and logged and (good := stop_fn(step, logged)) is not None:
                 return _gone_back(checkpoints, state, good)
             if save:
-                checkpoints.save(state, step)
+                with report.clock.aside():
+                    checkpoints.save(state, step)
             if sample_fn and (step % config.sample_every == 0 or last) and not stopping:
-                _write_sample(sample_fn(state), step, workdir, writer)
+                with report.clock.aside():
+                    _write_sample(sample_fn(state), step, workdir, writer)
             if stopping:
                 raise SystemExit(f"Stopped by a signal at step {step}: run the same command to go on.")
     return state
@@ -83,33 +88,9 @@ def _gone_back(checkpoints: Checkpoints, state: TrainState, step: int) -> TrainS
     return earlier
 
 
-class Report:
-    """Hands the metrics of a step to the progress bar and, every ``log_every`` steps, to the writer."""
-
-    def __init__(self, config: ConfigDict, writer: MetricWriter, bar: tqdm, workdir: epath.Path):
-        self._config, self._writer, self._bar, self._workdir = config, writer, bar, workdir
-        self._start, self._steps = time.perf_counter(), 0
-
-    def step(self, step: int, metrics: dict[str, jax.Array], *, show: bool, last: bool) -> Mapping[str, float] | None:
-        """Fetching metrics waits for the device, so most steps are only counted; returns those of a logged step.
-
-        Raises UserError for a bad loss.
-        """
-        self._steps += 1
-        log = step % self._config.log_every == 0 or last
-        if not log and not show:
-            return None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        _require_finite(values, step, self._workdir)
-        rate = self._steps * self._config.batch_size / (time.perf_counter() - self._start)
-        self._bar.set_postfix(loss=f"{values['loss']:.4g}", examples_per_s=f"{rate:.1f}")
-        self._bar.update(step - self._bar.n)
-        if log:
-            self._writer.write(step, {**values, "examples_per_second": rate})
-            self._start, self._steps = time.perf_counter(), 0
-        if last:
-            self._bar.close()
-        return values if log else None
+def _writer(config: ConfigDict, workdir: epath.Path, start_step: int) -> MetricWriter:
+    wandb = WandbRun(config, workdir) if config.wandb_project and is_first() else None
+    return MetricWriter(workdir, start_step=start_step, wandb=wandb)
 
 
 def _write_sample(image: np.ndarray, step: int, workdir: epath.Path, writer: MetricWriter) -> None:
@@ -119,14 +100,6 @@ def _write_sample(image: np.ndarray, step: int, workdir: epath.Path, writer: Met
     folder.mkdir(exist_ok=True)
     write_image(image, folder / f"step_{step:06d}.png")
     writer.image(step, "samples", image)
-
-
-def _require_finite(values: dict[str, float], step: int, workdir: epath.Path) -> None:
-    if not np.isfinite(values["loss"]):
-        raise UserError(
-            f"The loss is {values['loss']} at step {step}: to go on from the last whole checkpoint in "
-            f"{workdir / 'checkpoints'}, lower --config.optim.learning_rate and add --new_learning_rate."
-        )
 
 
 class StopOnSignal:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from mlcm_jax.distributed import is_first
 from mlcm_jax.hub.save import atomic_write, is_remote
+from mlcm_jax.train.wandb_run import WandbRun
 
 UPLOAD_SECONDS = 60
 
@@ -51,11 +52,11 @@ class MetricWriter:
     """Appends to ``workdir``/metrics.jsonl (one JSON object a line, with "step") and to event files in workdir/tb.
 
     start_step: lines of later steps, left by a killed run that this one repeats, are dropped. Of several processes
-    only the first writes.
+    only the first writes. wandb: a run there that gets the same.
     """
 
-    def __init__(self, workdir: epath.Path, *, start_step: int):
-        self._file = self._board = None
+    def __init__(self, workdir: epath.Path, *, start_step: int, wandb: WandbRun | None = None):
+        self._file, self._board, self._wandb = None, None, wandb
         if not is_first():
             return
         workdir.mkdir(parents=True, exist_ok=True)
@@ -70,14 +71,18 @@ class MetricWriter:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.write(step, values)
 
     def image(self, step: int, name: str, image) -> None:
-        """An image, uint8 [H, W, 3], for TensorBoard."""
+        """An image, uint8 [H, W, 3]."""
         if self._board is not None:
             self._board.add_image(name, image, step, dataformats="HWC")
+        if self._wandb is not None:
+            self._wandb.image(step, name, image)
 
     def close(self) -> None:
-        for each in (self._file, self._board):
+        for each in (self._file, self._board, self._wandb):
             if each is not None:
                 each.close()
 

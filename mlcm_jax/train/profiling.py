@@ -12,20 +12,22 @@ class Profile:
     """Traces steps first <= step < stop (1 is the run's first step) into ``folder``."""
 
     def __init__(self, first: int, stop: int, folder: str | Path):
-        self._first, self._stop, self._folder = first, stop, folder
+        self._first, self._stop, self._folder, self._running = first, stop, folder, False
 
     def begins(self, step: int) -> bool:
         return step == self._first
 
-    def ends(self, step: int) -> bool:
-        return step == self._stop - 1
+    def ends(self, step: int, *, last: bool) -> bool:
+        return self._running and (step == self._stop - 1 or last)
 
     def start(self) -> None:
         jax.profiler.start_trace(str(self._folder))
+        self._running = True
 
     def stop(self) -> None:
         """Write the trace; what is still to run on the devices has to be waited for before."""
         jax.profiler.stop_trace()
+        self._running = False
 
 
 def parse_steps(value: str) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """What a run tells of itself on its way: losses, learning rate, speed, memory, and steps that take very long."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from mlcm_jax.train.profiling import Profile
 class Known(NamedTuple):
     """What is known of a step (1 for the first) before it runs. flops: of one device."""
 
-    learning_rate: Callable[[int], float]
+    learning_rate: Callable[[int], Any]
     flops: Callable[[int], float]
 
 
@@ -48,40 +48,43 @@ class Report:
             with self.clock.aside():
                 self._profile.start()
 
-    def step(self, step: int, metrics: dict[str, jax.Array], *, show: bool, last: bool) -> None:
-        """A step is queued. Fetching its metrics waits for the device, so most are only counted.
-
-        Raises UserError for a bad loss.
+    def step(self, step: int, metrics: dict[str, jax.Array], *, show: bool, last: bool) -> Mapping[str, float] | None:
+        """A step is queued. Fetching its metrics waits for the device, so most are only counted; returns those of a
+        logged step. Raises UserError for a bad loss.
         """
         words = self.clock.queued(metrics["loss"], self._known.flops(step))
         if words:
             self._bar.write(f"Step {step - 1} took {words}.", file=sys.stderr)
-        if self._profile is not None and self._profile.ends(step):
+        if self._profile is not None and self._profile.ends(step, last=last):
             with self.clock.aside():
                 self._profile.stop()
         log = step % self._config.log_every == 0 or last
         if not log and not show:
-            return
+            return None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._require_finite(values["loss"], step)
         shown = {"loss": f"{values['loss']:.4g}"}
         if log:
+            learning_rate = float(
+                self._known.learning_rate(step)
+            )  # compiled at the first one: before the clock is read
             rate = self.clock.rate()
             speed = {} if rate is None else _speed(rate, self._config.batch_size)
             if rate is not None:
                 shown["examples_per_s"] = f"{speed['examples_per_second']:.1f}"
-            values |= {"learning_rate": float(self._known.learning_rate(step)), **speed, **_memory()}
+            values |= {"learning_rate": learning_rate, **speed, **_memory()}
             self._writer.write(step, values)
         self._bar.set_postfix(shown)
         self._bar.update(step - self._bar.n)
         if last:
             self._bar.close()
+        return values if log else None
 
     def _require_finite(self, loss: float, step: int) -> None:
         if not np.isfinite(loss):
             raise UserError(
-                f"The loss is {loss} at step {step}: lower optim.learning_rate and start again; "
-                f"the checkpoints before it are whole in {self._checkpoints}."
+                f"The loss is {loss} at step {step}: to go on from the last whole checkpoint in {self._checkpoints}, "
+                "lower --config.optim.learning_rate and add --new_learning_rate."
             )
 
 

@@ -22,6 +22,8 @@ MAY_CHANGE = (
     "checkpoint_every",
     "keep_checkpoints",
     "sample_every",
+    "text_states",
+    "wandb_project",
     "sample",
     "mesh",
     "attention",

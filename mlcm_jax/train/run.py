@@ -31,12 +31,15 @@ from mlcm_jax.train.compile import Executables, compile_steps
 from mlcm_jax.train.feed import Feed
 from mlcm_jax.train.guard import stop_rule
 from mlcm_jax.train.metrics import read_metrics
-from mlcm_jax.train.program import Program, attention_backend, build_program
+from mlcm_jax.train.profiling import Profile, parse_steps
+from mlcm_jax.train.program import Program, attention_backend, build_program, stage_learning_rate
+from mlcm_jax.train.report import Known
 from mlcm_jax.train.resume import CONFIG_FILE, changed_schedule, check_resume, read_settings
-from mlcm_jax.train.stages import read_stages
+from mlcm_jax.train.stages import read_stages, stage_at
 from mlcm_jax.train.step import Frozen
 from mlcm_jax.train.texts import Texts, open_states, read_texts
 from mlcm_jax.train.viewer import Viewer
+from mlcm_jax.train.wandb_run import check_wandb
 from mlcm_jax.types import Params
 
 CHECKPOINTS = "checkpoints"
@@ -49,16 +52,20 @@ def distill(
     plan_only: bool = False,
     compile_only: bool = False,
     new_learning_rate: bool = False,
+    profile_steps: str | None = None,
 ) -> None:
     """Run the whole job: print the plan, compile, train, and leave samples/, figures and export/ in ``workdir``.
 
     plan_only: stop after the plan. compile_only: stop when the steps are compiled, for jax's compilation cache; the
     teacher's weights are not needed. new_learning_rate: a run that goes on may have other learning rates than before.
+    profile_steps: FIRST:STOP, of a trace in workdir/profile.
     Of several processes all must call; the first prints and writes. Raises UserError, before anything is compiled, for
     input that cannot work.
     """
     workdir = epath.Path(workdir)
     check_resume(config, workdir, new_learning_rate=new_learning_rate)
+    check_wandb(config)
+    profile = Profile(*parse_steps(profile_steps), workdir / "profile") if profile_steps else None
     for stage in read_stages(config):
         validate(stage.config)
     prompts, sample_prompts = open_prompts(config.prompts, config.prompts_column), read_prompts(config.sample.prompts)
@@ -82,7 +89,7 @@ def distill(
     meet("loaded")
     texts = read_texts(program, pipeline, sample_prompts, states)
     with closing(Feed(program, pipeline, prompts, latents, states)) as feed:
-        trained = train(program, executables, starting, pipeline, feed, texts, workdir)
+        trained = train(program, executables, starting, pipeline, feed, texts, workdir, profile)
     del pipeline, feed
     export(load_teacher(program, None), trained, config, workdir / "export", format="diffusers")
     say(f"The student is in {workdir / 'export'}, its pictures are in {workdir / 'samples'}.")
@@ -133,6 +140,7 @@ def train(
     feed: Feed,
     texts: Texts,
     workdir: epath.Path,
+    profile: Profile | None = None,
 ) -> Params:
     """Train to the last step; returns the trained parameters (their moving average where one is kept).
 
@@ -161,13 +169,24 @@ def train(
             config,
             workdir,
             checkpoints,
+            known=_known(program),
             sample_fn=viewer.progress,
             stop_fn=stop_rule(config, workdir / "metrics.jsonl"),
+            profile=profile,
         )
     viewer.finish(state, workdir)
     if is_first():
         plot_loss(read_metrics(workdir / "metrics.jsonl"), workdir / "samples" / "loss.png")
     return state.trained
+
+
+def _known(program: Program) -> Known:
+    stages = tuple(each.stage for each in program.stages)
+    schedule, devices = jax.jit(stage_learning_rate(stages)), program.mesh.size
+    return Known(
+        learning_rate=lambda step: schedule(step - 1),
+        flops=lambda step: program.stages[stage_at(stages, step - 1)].flops / devices,
+    )
 
 
 def starting_weights(program: Program, pipeline: Pipeline) -> Params | None:

@@ -15,9 +15,11 @@ from mlcm_jax.errors import UserError
 from mlcm_jax.train import loop
 from mlcm_jax.train.guard import GuardWatch, stop_rule
 from mlcm_jax.train.metrics import read_metrics
+from mlcm_jax.train.report import Known
 from mlcm_jax.train.state import create
 
 NUM_STEPS, RATE = 60, 0.05
+KNOWN = Known(learning_rate=lambda step: RATE, flops=lambda step: 1.0)
 
 
 def exploiting_step(state, _):
@@ -41,7 +43,7 @@ def train(workdir, *, allowed, num_steps=NUM_STEPS, **values):
     with closing(Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)) as checkpoints:
         restored = checkpoints.restore(state)
         state, step = (state if restored is None else restored), jax.jit(exploiting_step)
-        return loop.run(state, step, lambda step: None, config, workdir, checkpoints, stop_fn=stop_fn)
+        return loop.run(state, step, lambda step: None, config, workdir, checkpoints, known=KNOWN, stop_fn=stop_fn)
 
 
 def test_an_exploiting_run_goes_back(tmp_path, capfd):

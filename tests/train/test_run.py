@@ -52,6 +52,11 @@ def test_a_run_says_what_it_does_and_leaves_all_its_files(finished):
     assert all("step" in line for line in bar if line.strip()), "nothing but the progress bar is on stderr"
     assert [step for step, *_ in losses(workdir)] == list(range(1, NUM_STEPS + 1))
     assert len({loss for _, loss, _ in losses(workdir)}) == NUM_STEPS
+    lines = read_metrics(workdir / "metrics.jsonl")
+    assert all(line["param_norm"] > 0 and line["learning_rate"] >= 0 for line in lines)
+    speeds = ("examples_per_second", "tflops_per_second", "data_wait_seconds")
+    assert not set(speeds) & set(lines[0]), "the first step also sets things up"
+    assert all(line[name] > 0 for line in lines[1:] for name in speeds)
     assert saved_steps(workdir) == [10, 12]
     pictures = {p.name for p in (workdir / "samples").iterdir()}
     assert pictures == {"final.png", "closeness.png", "loss.png", f"step_{NUM_STEPS:06d}.png"}
@@ -105,6 +110,14 @@ def test_other_settings_in_the_same_workdir_are_refused(programs, finished):
     assert err.startswith(f"error: {finished[0]} holds a run with other settings (num_segments)")
 
 
+def test_text_states_give_the_same_losses_without_text_encoders(programs, finished):
+    states, workdir = programs.folder / "states", programs.folder / "from_states"
+    texts = [f"--prompts={programs.folder / 'prompts.txt'}", f"--sample_prompts={programs.folder / 'grid.txt'}"]
+    programs.run("encode", f"--model={programs.teacher}", *texts, "--text_only", f"--out={states}")
+    programs.run("train", *programs.train_args(workdir, text_states=states))
+    np.testing.assert_allclose(losses(workdir), losses(finished[0]), rtol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def stock(finished):
     """Stock diffusers' pipeline of the export, in float32."""
@@ -145,7 +158,7 @@ LORA |= {"optim.learning_rate": 0.05, "optim.schedule": "constant", "optim.warmu
 def lora_run(programs):
     """A LoRA run of few steps: its workdir, with the merged student in export/."""
     workdir = programs.folder / "lora_run"
-    programs.run("train", *programs.train_args(workdir, **LORA, num_steps=4))
+    programs.run("train", *programs.train_args(workdir, **LORA, num_steps=4), "--profile_steps=2:4")
     return workdir
 
 
@@ -153,6 +166,11 @@ def exported(programs, workdir: Path, form: str) -> Path:
     out = workdir / form
     programs.run("export", f"--workdir={workdir}", f"--format={form}", f"--out={out}", "--dtype=float32")
     return out
+
+
+def test_steps_are_traced(lora_run):
+    (trace,) = (lora_run / "profile").rglob("*.xplane.pb")
+    assert trace.read_bytes().count(b"jit_train_step") > 0
 
 
 @pytest.mark.parametrize("form", ["lora", "kohya"])
