@@ -65,9 +65,7 @@ class Report:
         self._require_finite(values["loss"], step)
         shown = {"loss": f"{values['loss']:.4g}"}
         if log:
-            learning_rate = float(
-                self._known.learning_rate(step)
-            )  # compiled at the first one: before the clock is read
+            learning_rate = float(self._known.learning_rate(step))  # compiled at the first one: no step's time
             rate = self.clock.rate()
             speed = {} if rate is None else _speed(rate, self._config.batch_size)
             if rate is not None:
