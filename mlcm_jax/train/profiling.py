@@ -1,9 +1,9 @@
 """A trace of a few steps for TensorBoard's profiler or Perfetto."""
 
 import re
-from pathlib import Path
 
 import jax
+from etils import epath
 
 from mlcm_jax.errors import UserError
 
@@ -11,7 +11,7 @@ from mlcm_jax.errors import UserError
 class Profile:
     """Traces steps first <= step < stop (1 is the run's first step) into ``folder``."""
 
-    def __init__(self, first: int, stop: int, folder: str | Path):
+    def __init__(self, first: int, stop: int, folder: epath.PathLike):
         self._first, self._stop, self._folder, self._running = first, stop, folder, False
 
     def begins(self, step: int) -> bool:
