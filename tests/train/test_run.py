@@ -115,7 +115,7 @@ def test_text_states_give_the_same_losses_without_text_encoders(programs, finish
     texts = [f"--prompts={programs.folder / 'prompts.txt'}", f"--sample_prompts={programs.folder / 'grid.txt'}"]
     programs.run("encode", f"--model={programs.teacher}", *texts, "--text_only", f"--out={states}")
     programs.run("train", *programs.train_args(workdir, text_states=states))
-    np.testing.assert_allclose(losses(workdir), losses(finished[0]), rtol=1e-4)
+    np.testing.assert_allclose(losses(workdir), losses(finished[0]), rtol=1e-3)  # states round otherwise
 
 
 @pytest.fixture(scope="module")
