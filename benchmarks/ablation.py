@@ -43,6 +43,7 @@ REFERENCE_STEPS = 25  # of the teacher
 RESAMPLES = 200
 COMPARED_WITH = "streaming"
 METRICS = {  # of launch/evaluate.py: heading, decimals
+    "frechet_distance/efficientnet/data": ("Frechet distance to real images, EfficientNet, lower is better", 1),
     "latent_mse": ("Latent distance to the teacher's 25 steps, lower is better", 3),
     "clip_score": ("CLIP score, higher is better", 3),
     "frechet_distance/clip/baseline": ("Frechet distance to the teacher's 25 steps, lower is better", 2),
@@ -57,6 +58,7 @@ SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "A training for each, whose 
 NUM_IMAGES = flags.DEFINE_integer("num_images", 512, "Pictures that are measured.", lower_bound=4)
 LATENTS = flags.DEFINE_string("latents", None, "File of launch/encode.py for the training prompts, for the row lcm.")
 DATA = flags.DEFINE_string("data", None, "Real pictures of the measured prompts: examples/emoji/real_pictures.py.")
+FEATURES = flags.DEFINE_list("features", ["clip=examples/emoji/scorer"], "As launch/evaluate.py takes them.")
 OUT = flags.DEFINE_string("out", "runs/ablation", "Folder for the runs and the figures.")
 
 
@@ -91,7 +93,7 @@ def evaluation(guidance_scale: float) -> Settings:
         data_matches_prompts=True,
         scorer="examples/emoji/scorer",
         scorers=[],
-        features=[],
+        features=FEATURES.value,
         diversity_prompts=0,
         diversity_seeds=2,
         resamples=RESAMPLES,
@@ -233,7 +235,7 @@ def check(out: Path) -> list[int]:
         raise UserError(f"--num_examples={NUM_EXAMPLES.value} is less than two steps of {BATCH_SIZE.value}: raise it.")
     if not all(seed.isdigit() for seed in SEEDS.value) or not SEEDS.value:
         raise UserError(f"--seeds={','.join(SEEDS.value)} is no list of whole numbers: write one like 0,1,2.")
-    names, file = ("teacher", "num_examples", "batch_size", "num_images", "data"), out / "settings.json"
+    names, file = ("teacher", "num_examples", "batch_size", "num_images", "data", "features"), out / "settings.json"
     settings = {name: flags.FLAGS[name].value for name in names}
     if file.is_file() and read_json(file) != settings:
         raise UserError(f"{out} holds figures of other settings: use another --out, or those in {file}.")

@@ -110,7 +110,7 @@ TRAIN = {
     ),
     "a wrong variant of stages": (
         ["--config=configs/emoji_full.py:first"],
-        ["'first'", "all, direct, every_state, huber, matching, both"],
+        ["'first'", "all, reward, matching"],
     ),
 }
 

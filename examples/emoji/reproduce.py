@@ -1,0 +1,220 @@
+"""Make everything that README.md and docs/ say of the emoji models again: python examples/emoji/reproduce.py.
+
+Data, students, evaluations, tables between their markers, and images, each a part of its own. Run again, it goes on
+where it stopped: a part whose results are there is left as it is (delete them to repeat it). --dry_run prints the
+commands. Needs `pip install -e .[emoji,judge]`, npm, and some 10 hours of 2 CPU cores, most of them
+for the ablation (--skip=ablation); the teacher is taken as it is.
+"""
+
+import dataclasses
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import results_tables
+from absl import flags
+from PIL import Image
+
+from configs.emoji_full import GUIDANCE_SCALE, LCM_STEPS_AT_EQUAL_WORK, get_config
+from mlcm_jax.cli import run_main
+from mlcm_jax.errors import UserError
+from mlcm_jax.train.stages import read_stages
+
+ROOT = Path(__file__).resolve().parents[2]
+TEACHER = "examples/emoji/teacher"
+DEFAULT_GUIDANCE_SCALE = 7.5  # of configs/emoji.py
+
+OUT = flags.DEFINE_string("out", "runs/reproduce", "Folder of all that is made on the way.")
+PARTS = flags.DEFINE_list("parts", [], "Names of the parts to make; none: all of them.")
+SKIP = flags.DEFINE_list("skip", [], "Names of parts to leave out.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands, and whether their results are there.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A step of the whole. results: what it leaves; commands: argument lists after "python", or functions."""
+
+    name: str
+    results: Sequence[Path]
+    commands: Sequence[Sequence[str] | Callable[[], None]]
+
+    def is_done(self) -> bool:
+        return bool(self.results) and all(result.exists() for result in self.results)
+
+
+def train(config: str, workdir: Path, *settings: str) -> list[str]:
+    return ["launch/train.py", f"--config={config}", f"--workdir={workdir}", *settings]
+
+
+def features(out: Path) -> str:
+    return f"--features=efficientnet={out / 'efficientnet'},clip=examples/emoji/scorer"
+
+
+def evaluate(out: Path, folder: Path, model: Path, *settings: str) -> list[str]:
+    """The measurement of a model against the real images of the first 512 captions of prompts/eval.txt."""
+    return [
+        "launch/evaluate.py",
+        f"--model={model}",
+        f"--data={out / 'real.npy'}",
+        "--data_matches_prompts",
+        features(out),
+        "--scorers=clip-guard=examples/emoji/guard",
+        f"--out={folder}",
+        *settings,
+    ]
+
+
+def against_teacher(guidance_scale: float) -> list[str]:
+    return [f"--baseline={TEACHER}", f"--baseline_guidance_scale={guidance_scale}", "--steps=1,2,3,4,8,25"]
+
+
+def real_images(out: Path, prompts: str, n: int) -> list[str]:
+    program = ["examples/emoji/real_pictures.py", f"--data_dir={out / 'data'}"]
+    return [*program, f"--prompts=examples/emoji/prompts/{prompts}.txt", f"--num_images={n}"]
+
+
+def data_parts(out: Path) -> list[Part]:
+    """The data set, what is measured against, LCM's latents, and the judge's weights."""
+    real, train_images = out / "real.npy", out / "real_train.npy"
+    latents = out / "latents.safetensors"
+    encode = ["launch/encode.py", f"--model={TEACHER}", f"--images={train_images}", f"--out={latents}"]
+    return [
+        Part("data", [out / "data" / "emoji"], [["examples/emoji/build_data.py", f"--data_dir={out / 'data'}"]]),
+        Part(
+            "images_of_captions",
+            [real, train_images],
+            [
+                [*real_images(out, "eval", 512), f"--out={real}"],
+                [*real_images(out, "train", 5153), f"--out={train_images}"],
+            ],
+        ),
+        Part("latents", [latents], [encode]),
+        Part("judge", [out / "efficientnet"], [["launch/convert_efficientnet.py", f"--out={out / 'efficientnet'}"]]),
+    ]
+
+
+def default_parts(out: Path) -> list[Part]:
+    """`make train`'s student and its measurement."""
+    workdir, folder = out / "default", out / "default_eval"
+    measured = evaluate(out, folder, workdir / "export", *against_teacher(DEFAULT_GUIDANCE_SCALE))
+    return [
+        Part("default_student", [workdir / "export"], [train("configs/emoji.py", workdir)]),
+        Part("default_evaluation", [folder / "results.json"], [measured]),
+    ]
+
+
+def full_parts(out: Path) -> list[Part]:
+    """The full recipe, stopped and measured at the end of each stage; its last export is the shipped student."""
+    workdir, parts = out / "full", []
+    for number, stage in enumerate(read_stages(get_config()), 1):
+        student = out / "stages" / str(number)
+        to_end = train("configs/emoji_full.py", workdir, f"--config.num_steps={stage.end}")
+        export = ["launch/export.py", f"--workdir={workdir}", "--format=diffusers", f"--out={student}"]
+        folder = out / "stage_evals" / str(number)
+        measured = evaluate(out, folder, student, "--steps=1,2,4,8", "--diversity_prompts=0")
+        parts += [
+            Part(f"stage_{number}", [student], [to_end, export]),
+            Part(f"stage_{number}_evaluation", [folder / "results.json"], [measured]),
+        ]
+    lora = ["launch/export.py", f"--workdir={workdir}", "--format=lora", f"--out={out / 'student'}"]
+    measured = evaluate(out, out / "full_eval", workdir / "export", *against_teacher(GUIDANCE_SCALE))
+    return [
+        *parts,
+        Part("student", [out / "student"], [lora, lambda: ship(out / "student")]),
+        Part("full_evaluation", [out / "full_eval" / "results.json"], [measured]),
+    ]
+
+
+def ship(lora: Path) -> None:
+    """Put the finished LoRA where launch/sample.py finds it."""
+    for file in lora.iterdir():
+        (ROOT / "examples/emoji/student" / file.name).write_bytes(file.read_bytes())
+
+
+def lcm_parts(out: Path) -> list[Part]:
+    """LCM with as much work as the full recipe, and with as many examples."""
+    recipe, parts = get_config(), []
+    for name, num_steps in {"work": LCM_STEPS_AT_EQUAL_WORK, "examples": recipe.num_steps}.items():
+        workdir, folder = out / f"lcm_{name}", out / f"lcm_{name}_eval"
+        settings = {"num_steps": num_steps, "batch_size": recipe.batch_size, "guidance_scale": GUIDANCE_SCALE}
+        flags_ = [f"--config.{key}={value}" for key, value in settings.items()]
+        latents = f"--config.latents={out / 'latents.safetensors'}"
+        measured = evaluate(out, folder, workdir / "export", "--steps=1,2,4,8", "--diversity_prompts=0")
+        parts += [
+            Part(
+                f"lcm_{name}", [workdir / "export"], [train("configs/emoji_ablation.py:lcm", workdir, *flags_, latents)]
+            ),
+            Part(f"lcm_{name}_evaluation", [folder / "results.json"], [measured]),
+        ]
+    return parts
+
+
+def ablation_parts(out: Path) -> list[Part]:
+    """The rows of docs/ablation.md."""
+    command = ["benchmarks/ablation.py", f"--data={out / 'real.npy'}", f"--latents={out / 'latents.safetensors'}"]
+    command += [features(out), f"--out={out / 'ablation'}"]
+    return [Part("ablation", [out / "ablation" / "done"], [command, lambda: (out / "ablation" / "done").touch()])]
+
+
+def report_parts(out: Path) -> list[Part]:
+    """What readers see; made each time, as it takes no time."""
+    return [
+        Part("tables", [], [lambda: results_tables.write_all(out, ROOT)]),
+        Part("images", [], [lambda: copy_images(out)]),
+    ]
+
+
+def copy_images(out: Path) -> None:
+    """The grids of docs/, in 256 colours to be small."""
+    sources = {"emoji": out / "default/samples/final.png", "student": out / "full_eval/grid.png"}
+    for name, source in sources.items():
+        Image.open(source).convert("RGB").quantize(256).save(ROOT / "docs" / f"{name}.png", optimize=True)
+
+
+def all_parts(out: Path) -> list[Part]:
+    """Every part, in order."""
+    return [
+        part
+        for make in (data_parts, default_parts, full_parts, lcm_parts, ablation_parts, report_parts)
+        for part in make(out)
+    ]
+
+
+def chosen_parts(parts: Sequence[Part]) -> list[Part]:
+    """Those of --parts without those of --skip; raises UserError for a name that is none."""
+    names = [part.name for part in parts]
+    if unknown := [name for name in (*PARTS.value, *SKIP.value) if name not in names]:
+        raise UserError(f"There is no part {unknown[0]!r}: use some of {', '.join(names)}.")
+    return [part for part in parts if part.name in (PARTS.value or names) and part.name not in SKIP.value]
+
+
+def make(part: Part) -> None:
+    """Run a part's commands; raises UserError where one fails."""
+    start = time.monotonic()
+    for command in part.commands:
+        if callable(command):
+            command()
+            continue
+        print("+", shlex.join(["python", *command]), flush=True)
+        if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
+            raise UserError(f"The part {part.name} failed: read its message above, and run this command again.")
+    print(f"== {part.name}: {time.monotonic() - start:.0f} s", flush=True)
+
+
+def main():
+    for part in chosen_parts(all_parts(Path(OUT.value))):
+        if DRY_RUN.value:
+            print(f"{part.name}: {'done' if part.is_done() else 'to do'}")
+            for command in part.commands:
+                print("   ", command.__name__ if callable(command) else shlex.join(["python", *command]))
+        elif part.is_done():
+            print(f"== {part.name}: there already", flush=True)
+        else:
+            make(part)
+
+
+if __name__ == "__main__":
+    run_main(main)
