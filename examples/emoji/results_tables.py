@@ -107,11 +107,10 @@ def stages_table(out: Path, teacher: Mapping[str, Any]) -> str:
 
 
 def lcm_table(out: Path, full: Mapping[str, Any]) -> str:
-    """The full recipe's student beside LCM."""
+    """The full recipe's student beside LCM at equal work."""
     rows = [("student", row) for row in rows_of(full, "model", STUDENT_STEPS)]
-    for name, title in {"work": "LCM, equal work", "examples": "LCM, equal examples"}.items():
-        measured = read_json(out / f"lcm_{name}_eval" / "results.json")
-        rows += [(title, row) for row in rows_of(measured, "model", STUDENT_STEPS)]
+    measured = read_json(out / "lcm_eval" / "results.json")
+    rows += [("LCM", row) for row in rows_of(measured, "model", STUDENT_STEPS)]
     return table(rows, [FRECHET, *INDEPENDENT[2:], *TEXT[:3]])
 
 
