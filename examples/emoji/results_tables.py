@@ -31,7 +31,6 @@ INDEPENDENT = (
     Column("precision", "precision/efficientnet/data", 2, interval=False),
     Column("recall", "recall/efficientnet/data", 2, interval=False),
     Column("high-frequency energy", "high_frequency_energy/pixels/data", 2),
-    Column("noise level", "noise_level/pixels/data", 2),
     Column("background noise", "background_noise/pixels/data", 2),
 )
 TEXT = (
@@ -39,7 +38,6 @@ TEXT = (
     Column("CLIP score (scorer)", "clip_score", 3),
     Column("Frechet distance (scorer)", "frechet_distance/clip/data", 1),
     Column("latent distance", "latent_mse", 3),
-    Column("time", "seconds_per_image", 2, ratio=True, interval=False),
 )
 SHORT = (FRECHET, Column("CLIP score", "clip-guard_score", 3))
 
