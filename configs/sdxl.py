@@ -11,8 +11,8 @@ Hardware: a TPU v5e 4x4 slice or larger; memory of a step: docs/scale.md. Time a
 Stages: 12,000 steps with 8, 4 and 2 segments, then 2,000 of consistency across segments on the student's samples.
 ":all" goes on with 500 steps that a judge of the pictures (MPS) guides, as the paper does, then 1,000 of distribution
 matching and a discriminator. The paper does not give the weights of these losses: they are a first guess, not tried.
-A reward model is exploited sooner or later. Give ":all" a guard of another kind and a limit, and compare the images before
-and after that stage by independent features (docs/method.md, "What guards a reward stage"):
+A reward model is exploited sooner or later. Give ":all" a guard of another kind and a limit, and compare the images
+before and after that stage by independent features (docs/method.md, "What guards a reward stage"):
 --config.preference.guard=efficientnet=DIR --config.preference.stop_when_guard_falls=0.02
 States are streamed (config.states="mds" is the paper's choice and costs 2.5 times the work at M = 8).
 prompts: any text file, one prompt a line; the paper took LAION-Aesthetics 6+ captions.
