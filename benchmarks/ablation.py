@@ -30,7 +30,7 @@ from mlcm_jax.cli import run_main
 from mlcm_jax.errors import UserError
 from mlcm_jax.evaluation.drawing import Artist, pixels
 from mlcm_jax.evaluation.measure import Figure
-from mlcm_jax.evaluation.program import Bench, Settings, chosen_prompts, data_features, load_judges
+from mlcm_jax.evaluation.program import Bench, Settings, chosen_prompts, load_judges, measured_data
 from mlcm_jax.evaluation.provenance import provenance
 from mlcm_jax.hub.load import read_json
 from mlcm_jax.hub.pipeline import Pipeline, load_pipeline
@@ -113,7 +113,7 @@ class Measurer:
         settings = evaluation(guidance_scale)
         self._prompts, judges = chosen_prompts(settings), load_judges(settings)
         teacher = load_pipeline(TEACHER.value, dtype=jnp.float32)
-        data = data_features(settings, judges, pixels(teacher))
+        data = measured_data(settings, judges, pixels(teacher))
         self._bench = Bench(settings, self._prompts, judges, data, tqdm(disable=True))
         artist = self._artist("teacher", teacher, guidance_scale)
         self._bench.measure(artist, REFERENCE_STEPS, as_reference=True)
