@@ -10,6 +10,8 @@ import pytest
 from programs import PROMPT, Programs, losses, saved_steps, signal_after
 from tiny_models import ONE_LEVEL_XL, save_sdxl
 
+from mlcm_jax.train.metrics import read_metrics
+
 NUM_STEPS = 12
 STEPS = [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3)), 4]
 STEPS += [pytest.param(n, marks=pytest.mark.slow) for n in (5, 6, 7, 8)]
