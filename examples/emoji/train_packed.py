@@ -182,7 +182,7 @@ def train_packed(pipeline: Pipeline, packed: Packed, config: ConfigDict, out: Pa
     with StopOnSignal() as stop:
         print(f"{gflop:.3f} GFLOP an example; losses of the first weights: {untrained}", flush=True)
         progress, running, step = Progress(out, config, pipeline.unet.config, flops, probe), None, 0
-        while not running or not (stop.requested or progress.seconds() >= 60 * minutes):
+        while not running or not (stop.requested(step) or progress.seconds() >= 60 * minutes):
             fraction = progress.seconds() / (60 * minutes)
             rates = learning_rate(config, step + np.arange(config.steps_per_call), fraction)
             state, metrics = compiled(state, rates, *inputs)
@@ -191,7 +191,7 @@ def train_packed(pipeline: Pipeline, packed: Packed, config: ConfigDict, out: Pa
                 progress.finished(*running)
             running = state, metrics, float(rates[-1])
         progress.finished(*running, last=True)
-    if stop.requested:
+    if stop.requested(step):
         raise SystemExit(f"Stopped by a signal at step {step}: its weights are in {out / 'unet'}.")
     return state.ema
 
