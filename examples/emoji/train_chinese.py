@@ -18,7 +18,7 @@ from batches import Batches
 from emoji_dataset.chinese import SPELLINGS, chinese_captions, end_forms, train_chinese_tokenizer
 from emoji_dataset.dataset import EmojiSplit, load_split
 from recipe import CHINESE, MODEL_INDEX, config_flag
-from training import start
+from training import run, start
 
 from mlcm_jax.cli import run_main
 from mlcm_jax.conditioning import CHUNK, tokenize
@@ -28,7 +28,6 @@ from mlcm_jax.hub.pipeline import WEIGHT_FILES, Network, load_network, load_toke
 from mlcm_jax.hub.save import save_params
 from mlcm_jax.models.clip import CLIPTextModel
 from mlcm_jax.train import rng
-from mlcm_jax.train.loop import run
 
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder that build_data.py wrote.", required=True)
 TEACHER = flags.DEFINE_string("teacher", None, "Folder with the English text encoders and tokenizers.", required=True)

@@ -20,7 +20,7 @@ from packed import fingerprint, load_packed
 from packed_figures import measure, with_weights
 from recipe import IMAGE_SIZE, SCHEDULER_CONFIG, UNET, UNET_CONFIG, UNET_PACKED, config_flag
 from train_packed import train_packed
-from training import start
+from training import run, start
 
 from mlcm_jax.cli import run_main
 from mlcm_jax.conditioning import encode_prompts, unconditional
@@ -34,7 +34,6 @@ from mlcm_jax.hub.pipeline import Network, Pipeline, save_pipeline
 from mlcm_jax.images import image_grid
 from mlcm_jax.models.attention_backend import XLA
 from mlcm_jax.train import rng
-from mlcm_jax.train.loop import run
 from mlcm_jax.types import TextConditioning
 
 HERE = Path(__file__).resolve().parent

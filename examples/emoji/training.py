@@ -1,16 +1,21 @@
 """What the trainings share: one update with a moving average."""
 
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from etils import epath
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from mlcm_jax.train import rng
-from mlcm_jax.train.optim import make_optimizer, update_ema
+from mlcm_jax.checkpoint import Checkpoints
+from mlcm_jax.train import loop, rng
+from mlcm_jax.train.flops import count_flops
+from mlcm_jax.train.optim import learning_rate_schedule, make_optimizer, update_ema
+from mlcm_jax.train.report import Known
 from mlcm_jax.train.state import TrainState, create
 from mlcm_jax.types import Params
 
@@ -47,3 +52,23 @@ def update(
     params = optax.apply_updates(state.params, jax.tree.map(lambda u: scale * u, updates))
     ema = update_ema(state.ema, params, ema_decay)
     return TrainState(state.step + 1, params, opt_state, ema), {"loss": loss, **aux}
+
+
+def run(
+    state: TrainState,
+    step: loop.StepFn,
+    batch: loop.BatchFn,
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    *,
+    sample_fn: loop.SampleFn | None = None,
+) -> TrainState:
+    """Train to ``config.num_steps`` from the newest checkpoint of ``workdir``, else from ``state``."""
+    folder = epath.Path(workdir)
+    schedule = learning_rate_schedule(config.optim, config.num_steps)
+    flops = count_flops(step, state, batch(0))
+    known = Known(learning_rate=lambda number: schedule(number - 1), flops=lambda number: flops)
+    with closing(Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints)) as checkpoints:
+        restored = checkpoints.restore(state)
+        start = state if restored is None else restored
+        return loop.run(start, step, batch, config, folder, checkpoints, known=known, sample_fn=sample_fn)
