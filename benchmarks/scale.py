@@ -1,7 +1,7 @@
-"""What SDXL's steps need on TPU slices that are not there: python benchmarks/scale.py --out=scale.jsonl.
+"""What SDXL's steps need on TPU slices that are not there: python benchmarks/scale.py --table=scale.jsonl.
 
 Runs launch/compile.py for each row of the table in docs/scale.md, the most wanted first, and appends what it says to
---out as soon as it is there; rows that are there already are left out, so that the same command goes on where it
+--table as soon as it is there; rows that are there already are left out, so that the same command goes on where it
 stopped. A row takes minutes of one core and up to 10 GB of memory. --rows=TEXT: only those whose name has TEXT.
 --largest goes on with twice the batch for each row that fits, until one does not; --markdown prints the table.
 """
@@ -18,11 +18,11 @@ from typing import NamedTuple
 
 from absl import app, flags
 
-OUT = flags.DEFINE_string("out", "scale.jsonl", "File that rows are appended to.")
+TABLE = flags.DEFINE_string("table", "scale.jsonl", "File that rows are appended to.")
 ROWS = flags.DEFINE_string("rows", "", "Only rows whose name has this text.")
 LARGEST = flags.DEFINE_bool("largest", False, "Double the batch of each row for as long as it fits.")
 WHOLE = flags.DEFINE_bool("whole", False, "Generate code, too: memory_analysis and the whole compile time.")
-MARKDOWN = flags.DEFINE_bool("markdown", False, "Print the rows of --out as a table, and stop.")
+MARKDOWN = flags.DEFINE_bool("markdown", False, "Print the rows of --table as a table, and stop.")
 
 ROOT = Path(__file__).parents[1]
 CHIPS = {"v5e:4x4": 16, "v5e:8x8": 64, "v6e:4x4": 16, "v5p:2x2x4": 16}
@@ -130,7 +130,7 @@ def table(rows: dict[str, dict]) -> str:
 
 
 def main(_) -> None:
-    path = Path(OUT.value)
+    path = Path(TABLE.value)
     rows = read_rows(path)
     if MARKDOWN.value:
         print(table(rows))

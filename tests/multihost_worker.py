@@ -19,6 +19,7 @@ from mlcm_jax.errors import UserError
 from mlcm_jax.train import loop
 from mlcm_jax.train.agenda import rows_at
 from mlcm_jax.train.optim import make_optimizer
+from mlcm_jax.train.report import Known
 from mlcm_jax.train.stages import read_stages
 from mlcm_jax.train.step import Frozen, make_train_step
 
@@ -70,7 +71,8 @@ def train(workdir: epath.Path, num_steps: int, fsdp: int, devices=None) -> None:
         if state is None:
             state = jax.jit(start, out_shardings=placements)()
         step = jax.jit(step, donate_argnums=0, out_shardings=(placements, replicated))
-        state = loop.run(state, lambda s, b: step(s, frozen, b), batch, config, workdir, checkpoints)
+        known = Known(learning_rate=lambda number: config.optim.learning_rate, flops=lambda number: 1.0)
+        state = loop.run(state, lambda s, b: step(s, frozen, b), batch, config, workdir, checkpoints, known=known)
     weights = {name: distributed.host_array(values).tolist() for name, values in state.trained.items()}
     if distributed.is_first():
         (workdir / "weights.json").write_text(json.dumps(weights))

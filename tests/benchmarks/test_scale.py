@@ -29,14 +29,13 @@ def compiled(monkeypatch):
         return SimpleNamespace(returncode=0, stderr="")
 
     monkeypatch.setattr(scale.subprocess, "run", run)
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS(["scale"])
+    flags.FLAGS.mark_as_parsed()  # not parsed: other programs' flags are here, too, some of them required
     return commands
 
 
 def test_rows_are_written_once_and_doubled_until_they_do_not_fit(compiled, tmp_path, monkeypatch, capsys):
     out = tmp_path / "scale.jsonl"
-    for name, value in {"out": str(out), "rows": "v5e:4x4, full, trajectories", "largest": True}.items():
+    for name, value in {"table": str(out), "rows": "v5e:4x4, full, trajectories", "largest": True}.items():
         monkeypatch.setattr(flags.FLAGS[name], "value", value)
     scale.main([])
     assert [row["per_chip"] for row in scale.read_rows(out).values()] == [1, 2, 4, 8]
