@@ -28,15 +28,15 @@ from tqdm import tqdm
 from configs.emoji_ablation import ROWS, row_config
 from mlcm_jax.cli import run_main
 from mlcm_jax.errors import UserError
-from mlcm_jax.evaluation.drawing import Artist, pixels
+from mlcm_jax.evaluation.evaluate import Bench, Settings, chosen_prompts, load_judges, measured_data
 from mlcm_jax.evaluation.measure import Figure
-from mlcm_jax.evaluation.program import Bench, Settings, chosen_prompts, load_judges, measured_data
 from mlcm_jax.evaluation.provenance import provenance
+from mlcm_jax.evaluation.sampling import Artist, pixels
 from mlcm_jax.hub.load import read_json
 from mlcm_jax.hub.pipeline import Pipeline, load_pipeline
 from mlcm_jax.hub.save import write_json
-from mlcm_jax.train.program import build_program
-from mlcm_jax.train.run import describe_teacher, distill
+from mlcm_jax.training.program import build_program
+from mlcm_jax.training.run import describe_teacher, distill
 
 STEPS = (1, 2, 4, 8)
 REFERENCE_STEPS = 25  # of the teacher

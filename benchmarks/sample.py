@@ -21,10 +21,11 @@ from absl import app, flags
 from options import DTYPE, MODEL, OUT, REPEATS, TIME_LIMIT
 
 from mlcm_jax.diffusion.samplers import step_table
-from mlcm_jax.export import student_scheduler_config
-from mlcm_jax.generate import decode, decoding_program, draw_noise, sample_latents, sampling_program
 from mlcm_jax.hub.pipeline import Network, Pipeline, conditioning_shapes
-from mlcm_jax.train.flops import count_flops
+from mlcm_jax.sampling.decode import decode, decoding_program
+from mlcm_jax.sampling.sample import draw_noise, sample_latents, sampling_program
+from mlcm_jax.training.export import student_scheduler_config
+from mlcm_jax.training.flops import count_flops
 
 STEPS = flags.DEFINE_list("steps", ["1", "2", "4", "8"], "Numbers of sampling steps.")
 BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Pictures at once.")

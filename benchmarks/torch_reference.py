@@ -15,7 +15,7 @@ import torch
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from mlcm_jax.distill.segments import LAST_TIMESTEP, edges
+from mlcm_jax.distillation.segments import LAST_TIMESTEP, edges
 from mlcm_jax.hub import names
 from mlcm_jax.models.lora import target_modules
 from mlcm_jax.types import Params
@@ -131,7 +131,7 @@ def make_rows(batch: Any, draws: dict[str, np.ndarray], device: Any, dtype: torc
 
 
 class TrainStep:
-    """One update with streamed states (mlcm_jax/distill/states.py): call it with the rows of a step, get the loss.
+    """One update with streamed states (mlcm_jax/distillation/states.py): call it with the rows of a step, get the loss.
 
     The teacher's guided prediction gives the short step to t_n and the jump to the row's next state; the student is
     compared with itself at t_n, at the end of the segment. ``evaluations`` counts rows that the UNets were called with.
@@ -214,7 +214,7 @@ class TrainStep:
 
 
 def make_train_step(program: Any, unconditional: Any, device: Any, teacher_params=None, lora=None) -> TrainStep:
-    """The step of a mlcm_jax.train.program.Program, with its own random weights or with equal ones.
+    """The step of a mlcm_jax.training.program.Program, with its own random weights or with equal ones.
 
     teacher_params: also the weights that full training starts from. lora: factors to start from.
     """

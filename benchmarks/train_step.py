@@ -19,8 +19,8 @@ import workload
 from absl import app, flags
 from options import DTYPE, MODEL, OUT, REPEATS, TIME_LIMIT
 
-from mlcm_jax.train.program import Program
-from mlcm_jax.train.step import Frozen
+from mlcm_jax.distillation.step import Frozen
+from mlcm_jax.training.program import Program
 
 TRAINABLE = flags.DEFINE_list("trainable", ["full", "lora"], "full, lora, or both.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Prompts a step.")

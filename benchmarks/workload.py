@@ -16,15 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from mlcm_jax import rng
 from mlcm_jax.config import base
-from mlcm_jax.distill.segments import draw_timesteps
+from mlcm_jax.distillation.segments import draw_timesteps
+from mlcm_jax.distillation.step import Frozen
 from mlcm_jax.hub import names
 from mlcm_jax.hub.pipeline import Pipeline, read_architecture
 from mlcm_jax.models.unet import UNet2DConditionModel
-from mlcm_jax.train import rng
-from mlcm_jax.train.agenda import rows_at
-from mlcm_jax.train.program import Program, build_program
-from mlcm_jax.train.step import Frozen
+from mlcm_jax.training.batch_plan import rows_at
+from mlcm_jax.training.program import Program, build_program
 from mlcm_jax.types import Batch
 
 ROOT = Path(__file__).parents[1]

@@ -23,10 +23,10 @@ from ml_collections import config_flags
 from mlcm_jax.cli import run_main
 from mlcm_jax.config import validate
 from mlcm_jax.errors import UserError
-from mlcm_jax.train.compile import StepMemory, compile_step, step_memory
-from mlcm_jax.train.hlo import collective_bytes, read_buffer_assignment
-from mlcm_jax.train.program import average_trips, build_program
-from mlcm_jax.train.run import describe_teacher
+from mlcm_jax.training.compile_steps import StepMemory, compile_step, step_memory
+from mlcm_jax.training.hlo import collective_bytes, read_buffer_assignment
+from mlcm_jax.training.program import average_trips, build_program
+from mlcm_jax.training.run import describe_teacher
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, such as configs/sdxl.py.")
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "TPU generation and slice shape.")

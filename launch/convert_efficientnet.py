@@ -17,10 +17,10 @@ from absl import flags
 
 from mlcm_jax.cli import run_main
 from mlcm_jax.errors import UserError
-from mlcm_jax.evaluation.nearest_reference import save_reference
-from mlcm_jax.evaluation.real_pictures import RealPictures
+from mlcm_jax.evaluation.real_images import RealPictures
 from mlcm_jax.hub.save import Entry, write_json, write_safetensors
-from mlcm_jax.models.efficientnet_lite import VARIANTS
+from mlcm_jax.rewards.nearest_reference import save_reference
+from mlcm_jax.rewards.networks.efficientnet_lite import VARIANTS
 
 OUT = flags.DEFINE_string("out", None, "Folder to write: config.json and model.safetensors.", required=True)
 REFERENCE = flags.DEFINE_string("reference", None, "Folder of pictures, or an .npy file of them, uint8 [n, H, W, 3].")

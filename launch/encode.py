@@ -18,16 +18,17 @@ from absl import flags
 from tqdm import tqdm
 
 from mlcm_jax.cli import run_main
-from mlcm_jax.conditioning import encode_prompts, unconditional
 from mlcm_jax.data.latents import save_latents
 from mlcm_jax.data.prompts import open_prompts, read_prompts
 from mlcm_jax.data.text_states import States, TextStatesWriter
 from mlcm_jax.diffusion.samplers import step_table
 from mlcm_jax.errors import UserError
-from mlcm_jax.evaluation.real_pictures import RealPictures
-from mlcm_jax.generate import default_guidance_scale, draw_noise, encode, sample_latents
+from mlcm_jax.evaluation.real_images import RealPictures
 from mlcm_jax.hub.pipeline import TEXT_ENCODERS, Pipeline
 from mlcm_jax.model_flags import load_model
+from mlcm_jax.sampling.conditioning import encode_prompts, unconditional
+from mlcm_jax.sampling.decode import encode
+from mlcm_jax.sampling.sample import default_guidance_scale, draw_noise, sample_latents
 from mlcm_jax.types import TextConditioning
 
 IMAGES = flags.DEFINE_string("images", None, "Folder of pictures, or an .npy file of them.")

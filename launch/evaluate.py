@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from mlcm_jax.cli import run_main, take_defaults
-from mlcm_jax.evaluation.program import Settings, evaluate
+from mlcm_jax.evaluation.evaluate import Settings, evaluate
 from mlcm_jax.model_flags import ARCHITECTURE, MODEL, REVISION, VARIANT
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Other defaults of these flags: configs/eval_coco5k.py.")
@@ -31,7 +31,7 @@ DATA_MATCHES_PROMPTS = flags.DEFINE_bool("data_matches_prompts", False, "Picture
 SCORER = flags.DEFINE_string(
     "scorer", "examples/emoji/scorer", "CLIPModel folder of CLIP score, perceptual distance and diversity."
 )
-SCORERS = flags.DEFINE_list("scorers", [], "Further scorers, NAME=PLACE,...: see mlcm_jax/evaluation/scorers.py.")
+SCORERS = flags.DEFINE_list("scorers", [], "Further scorers, NAME=PLACE,...: see mlcm_jax/rewards/registry.py.")
 FEATURES = flags.DEFINE_list(
     "features", [], "Networks that sets are compared in, NAME=PLACE,... (extractors.py). Default: clip=--scorer."
 )

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from absl import flags
 
 from mlcm_jax.cli import run_main
-from mlcm_jax.export import FORMATS, export
-from mlcm_jax.train.run import read_student
+from mlcm_jax.training.export import FORMATS, export
+from mlcm_jax.training.run import read_student
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 FORMAT = flags.DEFINE_enum(

@@ -14,11 +14,9 @@ from absl import flags
 from PIL import Image
 
 from mlcm_jax.cli import run_main
-from mlcm_jax.conditioning import encode_prompts, unconditional
 from mlcm_jax.data.prompts import read_prompts
 from mlcm_jax.diffusion.samplers import SAMPLERS, step_table
 from mlcm_jax.errors import UserError
-from mlcm_jax.generate import TILING, decode, default_guidance_scale, draw_noise, in_tiles, sample_latents
 from mlcm_jax.hub.lora import with_loras
 from mlcm_jax.hub.pipeline import Pipeline
 from mlcm_jax.hub.text import with_text
@@ -26,6 +24,9 @@ from mlcm_jax.hub.vae import load_vae
 from mlcm_jax.images import image_grid
 from mlcm_jax.model_flags import MODEL, load_model
 from mlcm_jax.models.attention_backend import BACKENDS, AttentionBackend
+from mlcm_jax.sampling.conditioning import encode_prompts, unconditional
+from mlcm_jax.sampling.decode import TILING, decode, in_tiles
+from mlcm_jax.sampling.sample import default_guidance_scale, draw_noise, sample_latents
 
 LORA = flags.DEFINE_multi_string(
     "lora", None, "LoRA to draw with, PLACE or PLACE:SCALE; give it again for more. A folder brings its sampler along."

@@ -7,9 +7,9 @@ Run the same command again to go on where a run stopped. On several hosts run it
 from absl import flags
 from ml_collections import config_flags
 
-from mlcm_jax import distributed
 from mlcm_jax.cli import run_main
-from mlcm_jax.train.run import distill
+from mlcm_jax.parallel import distributed
+from mlcm_jax.training.run import distill
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, such as configs/emoji.py.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/emoji", "Folder for checkpoints, metrics, samples and the export.")

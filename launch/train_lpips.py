@@ -17,14 +17,21 @@ from absl import flags
 
 from mlcm_jax.cli import run_main
 from mlcm_jax.errors import UserError
-from mlcm_jax.evaluation.clip_features import load_scorer
 from mlcm_jax.evaluation.perceptual import perceptual_distance
-from mlcm_jax.evaluation.real_pictures import RealPictures
-from mlcm_jax.generate import encode
+from mlcm_jax.evaluation.real_images import RealPictures
 from mlcm_jax.hub.pipeline import WEIGHT_FILES, Network, load_pipeline
 from mlcm_jax.hub.save import save_params
 from mlcm_jax.models.latent_lpips import LatentLPIPS
-from mlcm_jax.train.lpips import Triplets, bapps_triplets, distorted_triplets, picture_mse, train_lpips, two_afc
+from mlcm_jax.rewards.clip_features import load_scorer
+from mlcm_jax.sampling.decode import encode
+from mlcm_jax.training.latent_lpips import (
+    Triplets,
+    bapps_triplets,
+    distorted_triplets,
+    picture_mse,
+    train_lpips,
+    two_afc,
+)
 
 MODEL = flags.DEFINE_string("model", None, "Diffusers folder or hub id, for its autoencoder.", required=True)
 BAPPS = flags.DEFINE_string("bapps", None, "Folder of judgements to learn from.")

@@ -5,17 +5,17 @@ A configuration is locked: a misspelt key is an error that names the nearest rea
 
 from ml_collections import ConfigDict
 
-from mlcm_jax.distill.consistency import JUMPS
-from mlcm_jax.distill.losses import DISTANCES
-from mlcm_jax.distill.preference import FORMS
-from mlcm_jax.distill.segments import LAST_TIMESTEP, MAX_SEGMENTS
-from mlcm_jax.distill.states import SOURCES
+from mlcm_jax.distillation.distances import DISTANCES
+from mlcm_jax.distillation.losses.preference import FORMS
+from mlcm_jax.distillation.segments import LAST_TIMESTEP, MAX_SEGMENTS
+from mlcm_jax.distillation.states import SOURCES
+from mlcm_jax.distillation.targets import JUMPS
 from mlcm_jax.errors import UserError
 from mlcm_jax.models.attention_backend import BACKENDS
 from mlcm_jax.models.lora import UNET_TARGETS
 from mlcm_jax.models.remat import REMAT_POLICIES
-from mlcm_jax.sharding import RULES
-from mlcm_jax.train.optim import OPTIMIZERS
+from mlcm_jax.parallel.sharding import RULES
+from mlcm_jax.training.optimizer import OPTIMIZERS
 
 
 def base() -> ConfigDict:
@@ -59,7 +59,7 @@ def base() -> ConfigDict:
     config.lora.start = ""  # file, folder or hub id of a LoRA to start from; "": one that changes nothing
     config.ema_decay = 0.0  # moving average of the trained weights, used for samples and export; 0: none
 
-    # Further losses (train/terms.py); weight 0: not used
+    # Further losses (distillation/losses/base.py); weight 0: not used
     config.terms_min_timestep = 0  # they change the answers for states from this timestep on; 999: for pure noise alone
     config.distribution_matching = ConfigDict()
     config.distribution_matching.weight = 0.0
@@ -129,7 +129,7 @@ def base() -> ConfigDict:
 def validate(config: ConfigDict) -> None:
     """Raise UserError for a value that cannot work; what depends on devices and files is checked where it is read.
 
-    Settings that change in the course of a run are to be checked for each stage (train.stages).
+    Settings that change in the course of a run are to be checked for each stage (training.stages).
     """
     for key, (accept, meaning) in _RULES.items():
         value = config

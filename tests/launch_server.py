@@ -11,8 +11,8 @@ import sys
 import tempfile
 import traceback
 
-import mlcm_jax.train.run
-import mlcm_jax.train.viewer  # noqa: F401
+import mlcm_jax.training.run
+import mlcm_jax.training.sample_grids  # noqa: F401
 
 
 def run_forked(argv: list[str]) -> dict:

@@ -13,15 +13,15 @@ import numpy as np
 from etils import epath
 from toy_denoiser import LATENT_SHAPE, toy_apply, toy_batch, toy_conditioning, toy_params, toy_state
 
-from mlcm_jax import distributed, sharding
-from mlcm_jax.checkpoint import Checkpoints
+from mlcm_jax.distillation.step import Frozen, make_train_step
 from mlcm_jax.errors import UserError
-from mlcm_jax.train import loop
-from mlcm_jax.train.agenda import rows_at
-from mlcm_jax.train.optim import make_optimizer
-from mlcm_jax.train.report import Known
-from mlcm_jax.train.stages import read_stages
-from mlcm_jax.train.step import Frozen, make_train_step
+from mlcm_jax.parallel import distributed, sharding
+from mlcm_jax.training import loop
+from mlcm_jax.training.batch_plan import rows_at
+from mlcm_jax.training.checkpoint import Checkpoints
+from mlcm_jax.training.optimizer import make_optimizer
+from mlcm_jax.training.report import Known
+from mlcm_jax.training.stages import read_stages
 
 BATCH_SIZE = 8
 RULES = ((r"(^|/)a$", (None, "fsdp")), (r"(^|/)b$", ("fsdp", None)))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mlcm_jax.train.metrics import read_metrics
+from mlcm_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "red heart"

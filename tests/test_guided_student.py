@@ -12,15 +12,15 @@ from tiny_models import ONE_LEVEL_XL, save_sdxl
 from torch_weights import assert_close, channels_first, channels_last
 from toy_denoiser import LATENT_SHAPE, toy_apply, toy_batch, toy_conditioning, toy_params, toy_state
 
-from mlcm_jax.conditioning import encode_prompts, unconditional
+from mlcm_jax.distillation.state import with_guidance_embedding
+from mlcm_jax.distillation.step import Frozen, make_train_step
 from mlcm_jax.errors import UserError
-from mlcm_jax.export import student_unet
-from mlcm_jax.generate import default_guidance_scale, sample_latents
 from mlcm_jax.hub.pipeline import load_pipeline, read_architecture
 from mlcm_jax.models.unet import guidance_embedding
-from mlcm_jax.train.program import build_program
-from mlcm_jax.train.state import with_guidance_embedding
-from mlcm_jax.train.step import Frozen, make_train_step
+from mlcm_jax.sampling.conditioning import encode_prompts, unconditional
+from mlcm_jax.sampling.sample import default_guidance_scale, sample_latents
+from mlcm_jax.training.export import student_unet
+from mlcm_jax.training.program import build_program
 
 PROMPT = "red heart"
 

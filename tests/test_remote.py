@@ -12,13 +12,13 @@ from etils.epath import backend, gpath
 from PIL import Image
 from safetensors.numpy import load_file
 
-from mlcm_jax.checkpoint import _absolute
 from mlcm_jax.hub.save import atomic_write, copy_folder, is_remote, save_params, write_json
 from mlcm_jax.images import write_image
-from mlcm_jax.pictures import plot_loss
-from mlcm_jax.train import metrics
-from mlcm_jax.train.metrics import MetricWriter, read_metrics
-from mlcm_jax.train.resume import CONFIG_FILE, read_settings
+from mlcm_jax.plots import plot_loss
+from mlcm_jax.training import metrics
+from mlcm_jax.training.checkpoint import _absolute
+from mlcm_jax.training.metrics import MetricWriter, read_metrics
+from mlcm_jax.training.resume import CONFIG_FILE, read_settings
 
 METHODS = ("open", "exists", "isdir", "listdir", "glob", "makedirs", "mkdir", "remove", "replace", "copy", "stat")
 

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from mlcm_jax.distill.states import empty_pool
-from mlcm_jax.train.state import create
+from mlcm_jax.distillation.state import create
+from mlcm_jax.distillation.states import empty_pool
 from mlcm_jax.types import Batch, TextConditioning
 
 LATENT_SHAPE = (4, 4, 2)

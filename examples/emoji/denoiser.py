@@ -11,10 +11,10 @@ from recipe import MODEL_INDEX, SCHEDULER_CONFIG, UNET_CONFIG
 
 from mlcm_jax.diffusion.parameterization import add_noise
 from mlcm_jax.diffusion.schedule import Schedule, alpha_sigma
-from mlcm_jax.generate import encode
 from mlcm_jax.hub.pipeline import Network, Pipeline, load_network, load_tokenizer, network_shapes
 from mlcm_jax.models.attention_backend import AUTO, AttentionBackend
 from mlcm_jax.models.unet import UNet2DConditionModel
+from mlcm_jax.sampling.decode import encode
 
 CAPTION_DROPOUT = 0.1
 MIN_SNR_GAMMA = 5.0

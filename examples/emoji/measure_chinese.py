@@ -23,15 +23,16 @@ from PIL import Image
 from recipe import IMAGE_SIZE
 
 from mlcm_jax.cli import run_main
-from mlcm_jax.conditioning import encode_prompts, unconditional
 from mlcm_jax.diffusion.parameterization import add_noise
 from mlcm_jax.diffusion.schedule import Schedule
-from mlcm_jax.evaluation.clip_features import image_features, load_scorer
-from mlcm_jax.evaluation.clip_score import clip_scores, load_scorer_tokenizer, text_features
-from mlcm_jax.generate import decode, draw_noise, latent_distance, sample_latents
 from mlcm_jax.hub.pipeline import load_pipeline
 from mlcm_jax.hub.text import with_text
 from mlcm_jax.images import image_grid
+from mlcm_jax.rewards.clip_features import image_features, load_scorer
+from mlcm_jax.rewards.clip_score import clip_scores, load_scorer_tokenizer, text_features
+from mlcm_jax.sampling.conditioning import encode_prompts, unconditional
+from mlcm_jax.sampling.decode import decode
+from mlcm_jax.sampling.sample import draw_noise, latent_distance, sample_latents
 
 HERE = Path(__file__).resolve().parent
 

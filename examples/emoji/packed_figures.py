@@ -15,17 +15,18 @@ from packed import Packed
 from PIL import Image
 from recipe import IMAGE_SIZE
 
-from mlcm_jax.conditioning import encode_prompts, unconditional
 from mlcm_jax.data.prompts import read_prompts
 from mlcm_jax.evaluation.extractors import Extractor
-from mlcm_jax.evaluation.judge import chunks
 from mlcm_jax.evaluation.measure import Figure, mean_figure, set_figures
 from mlcm_jax.evaluation.provenance import provenance
-from mlcm_jax.evaluation.scorers import SCORERS, kind_of
-from mlcm_jax.generate import decode, draw_noise, sample_latents
 from mlcm_jax.hub.pipeline import Pipeline
 from mlcm_jax.hub.save import write_json
 from mlcm_jax.images import image_grid
+from mlcm_jax.rewards.registry import SCORERS, kind_of
+from mlcm_jax.rewards.reward_model import chunks
+from mlcm_jax.sampling.conditioning import encode_prompts, unconditional
+from mlcm_jax.sampling.decode import decode
+from mlcm_jax.sampling.sample import draw_noise, sample_latents
 
 GUIDANCE_SCALES = (3.0, 5.0)
 CHUNK = 128  # samples that are drawn at a time

@@ -21,7 +21,7 @@ from PIL import Image
 from configs.emoji_full import GUIDANCE_SCALE, LCM_STEPS_AT_EQUAL_WORK, get_config
 from mlcm_jax.cli import run_main
 from mlcm_jax.errors import UserError
-from mlcm_jax.train.stages import read_stages
+from mlcm_jax.training.stages import read_stages
 
 ROOT = Path(__file__).resolve().parents[2]
 TEACHER = "examples/emoji/teacher"

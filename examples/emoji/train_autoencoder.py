@@ -12,12 +12,12 @@ from emoji_dataset.dataset import load_split
 from recipe import AUTOENCODER, VAE_CONFIG, config_flag
 from training import run, start
 
+from mlcm_jax import rng
 from mlcm_jax.cli import run_main
 from mlcm_jax.hub.pipeline import WEIGHT_FILES
 from mlcm_jax.hub.save import save_params
 from mlcm_jax.images import image_grid, to_float, to_uint8
 from mlcm_jax.models.vae import AutoencoderKL
-from mlcm_jax.train import rng
 
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder that build_data.py wrote.", required=True)
 WORKDIR = flags.DEFINE_string("workdir", "runs/emoji_autoencoder", "Checkpoints, samples and metrics.")

@@ -20,14 +20,14 @@ from emoji_dataset.dataset import EmojiSplit, load_split
 from recipe import CHINESE, MODEL_INDEX, config_flag
 from training import run, start
 
+from mlcm_jax import rng
 from mlcm_jax.cli import run_main
-from mlcm_jax.conditioning import CHUNK, tokenize
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.load import read_json
 from mlcm_jax.hub.pipeline import WEIGHT_FILES, Network, load_network, load_tokenizer
 from mlcm_jax.hub.save import save_params
 from mlcm_jax.models.clip import CLIPTextModel
-from mlcm_jax.train import rng
+from mlcm_jax.sampling.conditioning import CHUNK, tokenize
 
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder that build_data.py wrote.", required=True)
 TEACHER = flags.DEFINE_string("teacher", None, "Folder with the English text encoders and tokenizers.", required=True)

@@ -18,11 +18,11 @@ from emoji_dataset.dataset import load_split
 from recipe import CLIP, CLIP_PREPROCESSOR, SCORER_CONFIG, TEXT_2_CONFIG, TEXT_CONFIG, config_flag
 from training import run, start
 
+from mlcm_jax import rng
 from mlcm_jax.cli import run_main
 from mlcm_jax.hub.pipeline import WEIGHT_FILES, load_tokenizer
 from mlcm_jax.hub.save import save_params, write_json
 from mlcm_jax.models.clip import CLIPModel, CLIPTextModel
-from mlcm_jax.train import rng
 
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder that build_data.py wrote.", required=True)
 WORKDIR = flags.DEFINE_string("workdir", "runs/emoji_clip", "Checkpoints and metrics.")

@@ -17,16 +17,16 @@ from packed import Packed
 from recipe import IMAGE_SIZE
 from training import LossFn, update
 
-from mlcm_jax.conditioning import encode_prompts
+from mlcm_jax import rng
 from mlcm_jax.diffusion.schedule import Schedule
+from mlcm_jax.distillation.state import TrainState, create
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import WEIGHT_FILES, Pipeline
 from mlcm_jax.hub.save import save_params
-from mlcm_jax.train import rng
-from mlcm_jax.train.flops import count_flops
-from mlcm_jax.train.loop import StopOnSignal
-from mlcm_jax.train.optim import make_optimizer
-from mlcm_jax.train.state import TrainState, create
+from mlcm_jax.sampling.conditioning import encode_prompts
+from mlcm_jax.training.flops import count_flops
+from mlcm_jax.training.loop import StopOnSignal
+from mlcm_jax.training.optimizer import make_optimizer
 from mlcm_jax.types import Latents, Params, TextConditioning
 
 LOG_SECONDS, SAVE_SECONDS = 20, 60

@@ -22,18 +22,19 @@ from recipe import IMAGE_SIZE, SCHEDULER_CONFIG, UNET, UNET_CONFIG, UNET_PACKED,
 from train_packed import train_packed
 from training import run, start
 
+from mlcm_jax import rng
 from mlcm_jax.cli import run_main
-from mlcm_jax.conditioning import encode_prompts, unconditional
 from mlcm_jax.data.prompts import read_prompts
 from mlcm_jax.diffusion.schedule import Schedule
 from mlcm_jax.errors import UserError
 from mlcm_jax.evaluation.extractors import EXTRACTORS
-from mlcm_jax.evaluation.scorers import SCORERS, parse_places
-from mlcm_jax.generate import decode, sample_latents
 from mlcm_jax.hub.pipeline import Network, Pipeline, save_pipeline
 from mlcm_jax.images import image_grid
 from mlcm_jax.models.attention_backend import XLA
-from mlcm_jax.train import rng
+from mlcm_jax.rewards.registry import SCORERS, parse_places
+from mlcm_jax.sampling.conditioning import encode_prompts, unconditional
+from mlcm_jax.sampling.decode import decode
+from mlcm_jax.sampling.sample import sample_latents
 from mlcm_jax.types import TextConditioning
 
 HERE = Path(__file__).resolve().parent

@@ -1,6 +1,6 @@
 """Each diffusers scheduler as a table of numbers: all of them are linear multistep methods.
 
-A sampler here is a function that fills a ``StepTable``; mlcm_jax.sampling runs any table.
+A sampler here is a function that fills a ``StepTable``; mlcm_jax.diffusion.denoise runs any table.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import numpy as np
 from mlcm_jax.diffusion.schedule import alphas_cumprod_table
 from mlcm_jax.diffusion.scheduler_config import NUM_TRAIN_TIMESTEPS, read_sampler_config
 from mlcm_jax.errors import UserError
-from mlcm_jax.models.config import ConfigValues
+from mlcm_jax.json_config import ConfigValues
 
 LAST_TIMESTEP = NUM_TRAIN_TIMESTEPS - 1
 MAX_CALLS = NUM_TRAIN_TIMESTEPS + 1  # PNDM calls the network once more than there are steps

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from mlcm_jax.diffusion.scheduler_config import NUM_TRAIN_TIMESTEPS, read_noise_config
 from mlcm_jax.errors import UserError
-from mlcm_jax.models.config import ConfigValues
+from mlcm_jax.json_config import ConfigValues
 from mlcm_jax.types import Timesteps
 
 Scale = Float[Array, "n 1 1 1"]

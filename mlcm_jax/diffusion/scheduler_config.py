@@ -3,7 +3,7 @@
 from typing import Any
 
 from mlcm_jax.errors import UserError
-from mlcm_jax.models.config import ConfigValues, Table, read_config
+from mlcm_jax.json_config import ConfigValues, Table, read_config
 
 NUM_TRAIN_TIMESTEPS = 1000
 

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from mlcm_jax.evaluation.clip_features import image_features, load_scorer_once
-from mlcm_jax.evaluation.efficientnet_features import load_efficientnet
 from mlcm_jax.evaluation.inception_features import load_inception
 from mlcm_jax.evaluation.principal_components import num_components
+from mlcm_jax.rewards.clip_features import image_features, load_scorer_once
+from mlcm_jax.rewards.efficientnet_features import load_efficientnet
 
 Extract = Callable[[UInt8[np.ndarray, "n H W 3"]], Float[np.ndarray, "n d"]]
 

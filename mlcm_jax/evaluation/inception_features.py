@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from mlcm_jax.evaluation.judge import chunks
+from mlcm_jax.evaluation.networks.inception import SIDE, InceptionV3, resize_like_torch
 from mlcm_jax.hub.load import load_params
 from mlcm_jax.hub.pipeline import parameter_shapes
-from mlcm_jax.models.inception import SIDE, InceptionV3, resize_like_torch
+from mlcm_jax.rewards.reward_model import chunks
 from mlcm_jax.types import Params
 
 CHUNK = 32  # images at a time

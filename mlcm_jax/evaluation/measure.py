@@ -9,8 +9,6 @@ from jaxtyping import Float, UInt8
 
 from mlcm_jax.evaluation.background import background_noise
 from mlcm_jax.evaluation.bootstrap import counts, interval, mean_replicates, replicates, resampled_rows
-from mlcm_jax.evaluation.clip_features import Scorer
-from mlcm_jax.evaluation.drawing import Drawn
 from mlcm_jax.evaluation.extractors import Extractor
 from mlcm_jax.evaluation.frechet import frechet_distance
 from mlcm_jax.evaluation.high_frequency import high_frequency_energy
@@ -19,8 +17,10 @@ from mlcm_jax.evaluation.noise_level import noise_level
 from mlcm_jax.evaluation.perceptual import perceptual_distance
 from mlcm_jax.evaluation.precision_recall import precision_recall
 from mlcm_jax.evaluation.principal_components import PrincipalComponents
-from mlcm_jax.evaluation.scorers import Score
-from mlcm_jax.generate import latent_distance
+from mlcm_jax.evaluation.sampling import Drawn
+from mlcm_jax.rewards.clip_features import Scorer
+from mlcm_jax.rewards.registry import Score
+from mlcm_jax.sampling.sample import latent_distance
 from mlcm_jax.types import Latents
 
 MEAN_RESAMPLES = 2000

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from mlcm_jax.evaluation.clip_features import CHUNK, Scorer, tower_pixels
 from mlcm_jax.models.clip import CLIPLayer, CLIPVisionEmbeddings
 from mlcm_jax.models.layers import LayerNorm
+from mlcm_jax.rewards.clip_features import CHUNK, Scorer, tower_pixels
 from mlcm_jax.types import Params
 
 

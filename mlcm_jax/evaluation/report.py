@@ -11,7 +11,7 @@ from PIL import Image
 
 from mlcm_jax.evaluation.measure import Figure
 from mlcm_jax.hub.save import write_json
-from mlcm_jax.pictures import labelled_grid, plot_against_steps
+from mlcm_jax.plots import labelled_grid, plot_against_steps
 
 THUMBNAIL = 256  # pixels; larger pictures are made smaller for the grid
 

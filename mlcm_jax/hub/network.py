@@ -67,10 +67,6 @@ def _lpips_inputs(config: Mapping[str, Any]) -> tuple:
     return (jnp.zeros((1, 2, 2, config.get("latent_channels", 4))),) * 2
 
 
-def _efficientnet_inputs(config: Mapping[str, Any]) -> tuple:
-    return (_image(32),)
-
-
 class NetworkClass(NamedTuple):
     """Where the Flax module of a torch class is, and the smallest inputs that its ``init`` takes."""
 
@@ -87,7 +83,6 @@ NETWORKS = {
     "CLIPTextModelWithProjection": NetworkClass("mlcm_jax.models.clip", "CLIPTextModel", _text_inputs),
     "CLIPVisionModelWithProjection": NetworkClass("mlcm_jax.models.clip", "CLIPVisionModel", _vision_inputs),
     "CLIPModel": NetworkClass("mlcm_jax.models.clip", "CLIPModel", _clip_inputs),
-    "EfficientNetLite": NetworkClass("mlcm_jax.models.efficientnet_lite", "EfficientNetLite", _efficientnet_inputs),
     "LatentLPIPS": NetworkClass("mlcm_jax.models.latent_lpips", "LatentLPIPS", _lpips_inputs),
 }
 

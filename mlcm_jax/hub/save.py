@@ -12,10 +12,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from mlcm_jax.distributed import host_array
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub import names
 from mlcm_jax.hub.tensor_reader import DTYPES
+from mlcm_jax.parallel.distributed import host_array
 from mlcm_jax.types import Params
 
 FORMAT = {"format": "pt"}  # transformers and diffusers refuse a file without it

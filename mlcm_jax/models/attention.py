@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from mlcm_jax.models.attention_backend import AttentionBackend, dot_product_attention
 from mlcm_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm
 from mlcm_jax.models.remat import rematerialised
-from mlcm_jax.sharding import split_batch
+from mlcm_jax.parallel.sharding import split_batch
 
 
 class Attention(nn.Module):

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from mlcm_jax.errors import UserError
 from mlcm_jax.models import cudnn_attention
-from mlcm_jax.sharding import BATCH_AXES
+from mlcm_jax.parallel.sharding import BATCH_AXES
 
 # implementation: the platform that it needs
 PLATFORMS = {"xla": None, "cudnn": "gpu", "flash": "tpu"}
@@ -26,7 +26,7 @@ class AttentionBackend:
     """name: one of ``BACKENDS``; "auto" takes for each call what the device does best.
 
     platform: "cpu", "gpu" or "tpu"; None: jax's default. mesh: of a program for several devices, which the TPU kernel
-    has to be told; arrays are split as mlcm_jax.sharding splits them.
+    has to be told; arrays are split as mlcm_jax.parallel.sharding splits them.
     Raises UserError for an unknown name, and for one that needs another platform.
     """
 

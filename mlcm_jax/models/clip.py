@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from mlcm_jax.models.attention_backend import dot_product_attention
 from mlcm_jax.models.clip_config import TextTowerConfig, TowerConfig, VisionTowerConfig, read_clip, text_class
 from mlcm_jax.models.layers import ACTIVATIONS, Conv, Dense, Embedding, LayerNorm
-from mlcm_jax.sharding import split_batch
+from mlcm_jax.parallel.sharding import split_batch
 
 LEGACY_EOS = 2  # what old config.json files say for every tokenizer; the end of text is then the largest id
 

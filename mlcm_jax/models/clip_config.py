@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from mlcm_jax.errors import UserError
-from mlcm_jax.models.config import Table, read_config
+from mlcm_jax.json_config import Table, read_config
 
 _ANY = None
 

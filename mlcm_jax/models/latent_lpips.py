@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mlcm_jax.models.config import Table, read_config
+from mlcm_jax.json_config import Table, read_config
 from mlcm_jax.models.layers import Conv
 from mlcm_jax.types import Latents
 

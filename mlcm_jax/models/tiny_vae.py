@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mlcm_jax.errors import UserError
-from mlcm_jax.models.config import ConfigValues, Table, read_config
+from mlcm_jax.json_config import ConfigValues, Table, read_config
 from mlcm_jax.models.layers import ACTIVATIONS, Conv, upsample_nearest
 
 # key: (diffusers' default, supported values or None for any)

@@ -13,7 +13,7 @@ from mlcm_jax.models.attention_backend import AUTO, AttentionBackend
 from mlcm_jax.models.layers import Conv, Dense, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
 from mlcm_jax.models.remat import REMAT_POLICIES, rematerialised
 from mlcm_jax.models.unet_config import Depths, UNetConfig
-from mlcm_jax.sharding import split_batch
+from mlcm_jax.parallel.sharding import split_batch
 from mlcm_jax.types import TextConditioning
 
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from mlcm_jax.errors import UserError
+from mlcm_jax.json_config import ConfigValues, Table, read_config
 from mlcm_jax.models.attention_backend import AttentionBackend
-from mlcm_jax.models.config import ConfigValues, Table, read_config
 
 CLASS_NAME = "UNet2DConditionModel"
 # block type: whether it has attention

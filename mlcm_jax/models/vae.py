@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mlcm_jax.errors import UserError
+from mlcm_jax.json_config import read_config
 from mlcm_jax.models.attention_backend import dot_product_attention
-from mlcm_jax.models.config import read_config
 from mlcm_jax.models.layers import (
     ACTIVATIONS,
     Conv,

@@ -15,7 +15,7 @@ from configs.emoji import get_config as emoji_config
 from configs.emoji_ablation import ROWS, get_config, row_config
 from mlcm_jax.config import validate
 from mlcm_jax.errors import UserError
-from mlcm_jax.train.stages import read_stages
+from mlcm_jax.training.stages import read_stages
 
 ROOT = Path(__file__).parents[2]
 

@@ -35,7 +35,7 @@ def test_config_of_an_evaluation(args, message, tmp_path):
 def test_judges_of_the_config_are_in_the_tables():
     from configs.eval_coco5k import get_config
     from mlcm_jax.evaluation.extractors import EXTRACTORS
-    from mlcm_jax.evaluation.scorers import SCORERS, parse_places
+    from mlcm_jax.rewards.registry import SCORERS, parse_places
 
     config = get_config()
     assert set(parse_places("scorers", config.scorers, list(SCORERS))) == {"aesthetic", "image_reward"}

@@ -13,7 +13,7 @@ from torch_weights import assert_close, network_weights
 from mlcm_jax.errors import UserError
 from mlcm_jax.evaluation import inception_features
 from mlcm_jax.evaluation.inception_features import load_inception
-from mlcm_jax.models.inception import InceptionV3, Mixed, resize_like_torch
+from mlcm_jax.evaluation.networks.inception import InceptionV3, Mixed, resize_like_torch
 
 
 def test_inception_is_pytorch_fid(tmp_path, monkeypatch):

@@ -10,16 +10,17 @@ import pytest
 from PIL import Image, ImageFilter
 
 from mlcm_jax.data.prompts import read_prompts
-from mlcm_jax.evaluation.clip_features import image_features, load_scorer_once
 from mlcm_jax.evaluation.diversity import diversity
-from mlcm_jax.evaluation.drawing import Artist
 from mlcm_jax.evaluation.extractors import Extractor
 from mlcm_jax.evaluation.measure import Figure, Judges, Reference, Seen, figures, look, mean_figure
 from mlcm_jax.evaluation.perceptual import perceptual_distance
-from mlcm_jax.evaluation.pick_score import load_similarity
-from mlcm_jax.evaluation.scorers import load_clip_score
-from mlcm_jax.generate import decode, encode, latent_distance
+from mlcm_jax.evaluation.sampling import Artist
 from mlcm_jax.hub.pipeline import load_pipeline
+from mlcm_jax.rewards.clip_features import image_features, load_scorer_once
+from mlcm_jax.rewards.pick_score import load_similarity
+from mlcm_jax.rewards.registry import load_clip_score
+from mlcm_jax.sampling.decode import decode, encode
+from mlcm_jax.sampling.sample import latent_distance
 
 EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
 N = 48

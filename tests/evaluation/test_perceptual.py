@@ -9,8 +9,8 @@ from torch_weights import assert_close, randomise
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from mlcm_jax.evaluation import perceptual
-from mlcm_jax.evaluation.clip_features import load_scorer, tower_pixels
 from mlcm_jax.evaluation.perceptual import layer_features, perceptual_distance
+from mlcm_jax.rewards.clip_features import load_scorer, tower_pixels
 
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
 VISION |= {"image_size": 32, "patch_size": 8}

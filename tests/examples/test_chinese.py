@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from mlcm_jax.conditioning import encode_prompts
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import load_pipeline
 from mlcm_jax.hub.text import with_text
+from mlcm_jax.sampling.conditioning import encode_prompts
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "emoji"
 sys.path.insert(0, str(EXAMPLE))

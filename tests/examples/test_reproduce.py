@@ -114,8 +114,8 @@ def test_an_unknown_part_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_lcm_gets_as_much_work_as_the_full_recipe():
-    from mlcm_jax.train.program import build_program
-    from mlcm_jax.train.run import describe_teacher
+    from mlcm_jax.training.program import build_program
+    from mlcm_jax.training.run import describe_teacher
 
     lcm = row_config("lcm", LCM_STEPS_AT_EQUAL_WORK)
     lcm.latents = "latents.safetensors"

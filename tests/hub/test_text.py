@@ -7,10 +7,10 @@ import jax
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mlcm_jax.conditioning import encode_prompts
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import load_pipeline, save_pipeline
 from mlcm_jax.hub.text import with_text
+from mlcm_jax.sampling.conditioning import encode_prompts
 
 PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 

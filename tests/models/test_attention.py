@@ -11,7 +11,7 @@ from torch_weights import assert_close
 from mlcm_jax.errors import UserError
 from mlcm_jax.models.attention_backend import XLA, AttentionBackend, dot_product_attention
 from mlcm_jax.models.unet import UNet2DConditionModel
-from mlcm_jax.sharding import BATCH_AXES, make_mesh
+from mlcm_jax.parallel.sharding import BATCH_AXES, make_mesh
 from mlcm_jax.types import TextConditioning
 
 FLASH = AttentionBackend("flash", "tpu")

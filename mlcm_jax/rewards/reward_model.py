@@ -1,0 +1,83 @@
+"""A judge: a network that gives each picture one number, with or without its prompt."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from mlcm_jax.errors import UserError
+from mlcm_jax.rewards.preprocess import Preprocessor
+from mlcm_jax.types import Params
+
+CHUNK = 16  # pictures that are judged at a time
+
+Tokens = Int[np.ndarray, "n t"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """``module.apply({"params": params}, pixels, tokens)`` is one float32 number a picture; more is better.
+
+    tokenize: prompts to ids [n t], or to [n 0] where the prompt does not count.
+    """
+
+    module: nn.Module
+    params: Params
+    preprocessor: Preprocessor
+    tokenize: Callable[[Sequence[str]], Tokens]
+
+    def __call__(self, images: UInt8[np.ndarray, "n H W 3"], prompts: Sequence[str]) -> Float[np.ndarray, " n"]:
+        """Scores of pictures, each for its own prompt; at most ``CHUNK`` pictures at a time.
+
+        Raises UserError when there are not as many prompts as pictures, and for sizes the network does not take.
+        """
+        if len(images) != len(prompts):
+            raise UserError(f"There are {len(images)} pictures and {len(prompts)} prompts: give each picture its own.")
+        tokens, scores = self.tokenize(prompts), []
+        for rows in chunks(len(images), CHUNK):
+            pixels = self.preprocessor(images[rows])
+            scores.append(np.asarray(_score(self.module, self.params, pixels, tokens[rows])))
+        return np.concatenate(scores)[: len(images)]
+
+    def reward(self, params: Params, images: Float[Array, "n H W 3"], tokens: Int[Array, "n t"]) -> Float[Array, " n"]:
+        """The same for float images in [-1, 1], as a function of arrays that can be compiled and differentiated."""
+        scores: Any = self.module.apply({"params": params}, self.preprocessor.differentiable(images), tokens)
+        return scores
+
+
+@partial(jax.jit, static_argnames=("module",))
+def _score(module, params, pixels, tokens):
+    return module.apply({"params": params}, pixels, tokens)
+
+
+def chunks(n: int, size: int) -> Iterator[Int[np.ndarray, " size"]]:
+    """Row numbers, at most ``size`` at a time and always as many, so that a program compiles once: the last wrap."""
+    size = min(size, n)
+    for start in range(0, n, size):
+        yield np.arange(start, start + size) % n
+
+
+def no_tokens(prompts: Sequence[str]) -> Tokens:
+    """For judges that look at the picture alone."""
+    return np.zeros((len(prompts), 0), np.int32)
+
+
+def judge_file(folder: str | Path, name: str) -> Path:
+    """A weights file that a user has put into a folder; raises UserError when it is not there."""
+    path = Path(folder) / name
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: docs/judging.md says how to make it.")
+    return path
+
+
+def unit(x: Float[Array, "n d"]) -> Float[Array, "n d"]:
+    """Rows of length one, float32."""
+    x = x.astype(jnp.float32)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -1,0 +1,98 @@
+"""Whole pictures from a pipeline: initial noise, sampling and decoding, each compiled once for its sizes."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from mlcm_jax.diffusion.denoise import noise_rng, walk
+from mlcm_jax.diffusion.guidance import guided_predict
+from mlcm_jax.diffusion.samplers import step_table
+from mlcm_jax.hub.pipeline import Network, Pipeline
+from mlcm_jax.models.unet import guidance_embedding
+from mlcm_jax.types import HostLatents, Latents, Params, TextConditioning
+
+DISTILLED = ("TCDScheduler", "LCMScheduler")
+
+
+def default_guidance_scale(pipeline: Pipeline) -> float:
+    """1 (none) for the schedulers of distilled models, which have their guidance within; 5 for others.
+
+    8.5 for a student that is told its guidance scale (arXiv 2310.04378), as diffusers' pipeline for such ones has it.
+    """
+    if _guidance_width(pipeline.unet):
+        return 8.5
+    return 1.0 if pipeline.scheduler_config["_class_name"] in DISTILLED else 5.0
+
+
+def _guidance_width(unet: Network) -> int | None:
+    """Width of the guidance scale's embedding, for a student that is told it; None for all other networks."""
+    return unet.config.get("time_cond_proj_dim")
+
+
+@partial(jax.jit, static_argnames=("module", "prediction_type", "guidance_width"))
+def sampling_program(
+    module,
+    prediction_type,
+    guidance_width,
+    table,
+    variables,
+    latents,
+    conditioning,
+    unconditional,
+    guidance_scale,
+    rng,
+):
+    """What ``sample_latents`` runs."""
+    predict = partial(module.apply, variables)
+    timestep_cond = None
+    if guidance_width:
+        timestep_cond = guidance_embedding(jnp.full(latents.shape[:1], guidance_scale), guidance_width)
+
+    def network(x, timesteps):
+        if guidance_width or guidance_scale is None:
+            return predict(x, timesteps, conditioning, timestep_cond)
+        return guided_predict(predict, x, timesteps, conditioning, unconditional, guidance_scale)
+
+    return walk(network, prediction_type, table, latents, rng)
+
+
+def sample_latents(
+    unet: Network,
+    scheduler_config: dict[str, Any],
+    latents: Latents,
+    conditioning: TextConditioning,
+    unconditional: TextConditioning,
+    *,
+    guidance_scale: float,
+    num_steps: int,
+    variables: Params | None = None,
+    rng: Array | None = None,
+    eta: float = 0.0,
+) -> Latents:
+    """Clean latents (scaled, float32) from standard normal noise; one program serves every number of steps.
+
+    guidance_scale: a value <= 1 means no unconditional call; a network with ``time_cond_proj_dim`` is told it instead.
+    variables: instead of {"params": unet.params}. rng: a key for samplers that add noise. eta: 0 to 1, how much of it
+    TCDScheduler adds. Raises UserError for a scheduler or number of steps that is not supported.
+    """
+    table, width = step_table(scheduler_config, num_steps, eta), _guidance_width(unet)
+    scale = jnp.float32(guidance_scale) if width or guidance_scale > 1 else None
+    variables = {"params": unet.params} if variables is None else variables
+    args = (table.arrays, variables, latents, conditioning, unconditional, scale, noise_rng(table, rng))
+    return sampling_program(unet.module, table.prediction_type, width, *args)
+
+
+def draw_noise(seed: int, n: int, latent_shape: Sequence[int]) -> Latents:
+    """The initial noise of pictures 0..n-1; picture i has the same noise whatever n is."""
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(n))
+    return jax.vmap(lambda key: jax.random.normal(key, tuple(latent_shape)))(keys)
+
+
+def latent_distance(a: Latents | HostLatents, b: Latents | HostLatents) -> Float[np.ndarray, " n"]:
+    """Mean squared difference of each pair of latents."""
+    return np.square(np.asarray(a, np.float64) - np.asarray(b, np.float64)).mean(axis=(1, 2, 3))

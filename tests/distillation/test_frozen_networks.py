@@ -1,0 +1,41 @@
+"""The networks beside the teacher: where their weights wait, and that they are held once."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from small_runs import settings
+
+from mlcm_jax.distillation.frozen_networks import read_auxiliary
+from mlcm_jax.hub.pipeline import load_network, read_architecture
+from mlcm_jax.parallel import sharding
+
+EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
+
+
+def test_weights_are_placed_once_and_sharded():
+    config = settings()
+    config.preference.update({"weight": 1.0, "scorer": f"clip={EMOJI / 'scorer'}", "guard": f"clip={EMOJI / 'guard'}"})
+    config.distance, config.latent_lpips = "latent_lpips", str(EMOJI / "latent_lpips")
+    auxiliary = read_auxiliary([config], read_architecture(EMOJI / "teacher"))
+    held = [auxiliary.decoder.params, auxiliary.latent_lpips.params, *(j.params for j in auxiliary.judges.values())]
+    assert {type(leaf) for leaf in jax.tree.leaves(held)} == {jax.ShapeDtypeStruct}
+
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 4, "tensor": 1})
+    shapes = auxiliary.shapes(jnp.bfloat16)
+    assert set(shapes) == {"scorer", "guard", "latent_lpips", "decoder"} and "encoder" not in shapes["decoder"]
+    planned = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, sharding.param_shardings(shapes, mesh)
+    )
+    vae = load_network(EMOJI / "teacher" / "vae", "AutoencoderKL")
+    expected = auxiliary.weights["scorer"]
+    placed = auxiliary.placed(planned, vae)
+    assert auxiliary.weights == {}, "nothing but what was placed holds them"
+    for array, like in zip(jax.tree.leaves(placed), jax.tree.leaves(planned), strict=True):
+        assert (array.dtype, array.sharding) == (like.dtype, like.sharding)
+    assert sharding.sharded_fraction(placed["scorer"]) > 0.5
+    for ours, theirs in zip(jax.tree.leaves(placed["scorer"]), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs).astype(jnp.bfloat16))
+    kernel = placed["decoder"]["decoder"]["conv_in"]["kernel"]
+    np.testing.assert_array_equal(np.asarray(kernel), np.asarray(vae.params["decoder"]["conv_in"]["kernel"]))

@@ -1,0 +1,164 @@
+"""What a run is fed: its prompts' conditioning in every row, each encoded once, the same bits wherever it begins."""
+
+import math
+from contextlib import closing
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from small_runs import settings
+
+from mlcm_jax.data.prompts import TextLines, shuffled
+from mlcm_jax.data.text_states import States, TextStates, TextStatesWriter
+from mlcm_jax.distillation.frozen_networks import Auxiliary
+from mlcm_jax.distillation.step import Frozen
+from mlcm_jax.errors import UserError
+from mlcm_jax.hub.pipeline import TEXT_ENCODERS, conditioning_shapes, load_pipeline, read_architecture
+from mlcm_jax.parallel.sharding import batch_sharding, make_mesh
+from mlcm_jax.sampling.conditioning import encode_prompts
+from mlcm_jax.training import input_pipeline as feed
+from mlcm_jax.training.batch_plan import rows_at
+from mlcm_jax.training.input_pipeline import Feed
+from mlcm_jax.training.program import StageProgram
+from mlcm_jax.training.stages import read_stages
+from mlcm_jax.training.text_conditioning import open_states, read_texts
+from mlcm_jax.types import Batch
+
+PROMPTS = TextLines([f"a picture of {thing}" for thing in ("a cat", "a dog", "the sun", "rain", "a red house")])
+STAGES = ({"start": 7, "num_segments": 1}, {"start": 12, "states": "mds"})
+NUM_STEPS = 14
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.fixture(scope="module")
+def pipeline(sdxl_folder):
+    return load_pipeline(sdxl_folder, parts=TEXT_ENCODERS)
+
+
+def make_program(pipeline, mesh, **values):
+    """What a feed asks of a run's program; the steps themselves are not built, as tracing them takes its time."""
+    config = settings(batch_size=16, num_segments=3, num_steps=NUM_STEPS, stages=STAGES, **values)
+    config.mesh.update(mesh)
+    devices = make_mesh(config.mesh, jax.devices()[: math.prod(mesh.values())])
+    replicated = NamedSharding(devices, PartitionSpec())
+
+    def shapes(n, sharding):
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), conditioning_shapes(pipeline, n)
+        )
+
+    row = jax.ShapeDtypeStruct((16,), np.int32, sharding=batch_sharding(devices))
+    batch = Batch(shapes(16, batch_sharding(devices)), row, row, row, row)
+    return SimpleNamespace(
+        config=config,
+        mesh=devices,
+        stages=tuple(StageProgram(stage, None, batch, 0.0) for stage in read_stages(config)),
+        frozen=Frozen({}, shapes(1, replicated)),
+        auxiliary=Auxiliary(),
+        image_size=32,
+    )
+
+
+@pytest.fixture(scope="module")
+def program(pipeline):
+    return make_program(pipeline, MESH)
+
+
+@pytest.fixture(scope="module")
+def batches(program, pipeline):
+    with closing(Feed(program, pipeline, PROMPTS)) as fed:
+        return [jax.device_get(fed(step).batch) for step in range(NUM_STEPS)]
+
+
+def assert_equal(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_every_row_has_the_conditioning_of_its_prompt(program, pipeline, batches):
+    encoded = jax.device_get(encode_prompts(pipeline, [texts[0] for texts in PROMPTS.__getitems__(range(5))], 32))
+    stages = tuple(stage.stage for stage in program.stages)
+    for step, batch in enumerate(batches):
+        rows = rows_at(stages, step)
+        expected = [place.row for place in shuffled(rows.prompts, len(PROMPTS), program.config.seed)]
+        np.testing.assert_array_equal(batch.jumps, rows.jumps)
+        for name in ("hidden_states", "pooled"):
+            wanted = np.asarray(getattr(encoded, name))[expected]
+            np.testing.assert_allclose(getattr(batch.conditioning, name), wanted, atol=1e-5)
+        np.testing.assert_array_equal(batch.conditioning.time_ids, np.tile([32, 32, 0, 0, 32, 32], (16, 1)))
+
+
+@pytest.mark.parametrize("start", [5, 9, 13])
+def test_a_feed_that_begins_in_the_middle_gives_the_same_bits(program, pipeline, batches, start):
+    with closing(Feed(program, pipeline, PROMPTS)) as fed:
+        for step in (start, start + 1, 3)[: 3 if start < 13 else 1]:
+            assert_equal(jax.device_get(fed(step).batch), batches[step])
+
+
+def test_a_streamed_prompt_is_encoded_once(program, pipeline, monkeypatch):
+    encode, rows = feed.encode_tokens, []
+    monkeypatch.setattr(feed, "encode_tokens", lambda p, tokens, s: rows.append(len(tokens[0])) or encode(p, tokens, s))
+    with closing(Feed(program, pipeline, PROMPTS)) as fed:
+        for step in range(NUM_STEPS):
+            batch = fed(step).batch
+            for array in jax.tree.leaves((batch.conditioning, batch.jumps)):
+                assert array.sharding == program.stages[0].batch.jumps.sharding
+    # Trajectories are 4 long, then 2: a quarter of the 16 rows begins at a step, all of them where a stage does.
+    assert rows == [4] * 4 + [4] * 6 + [8] * 2 + [8] * 4 + [16] * 2
+
+
+def write_states(pipeline, path, negative_prompt=""):
+    def states(prompts):
+        conditioning = jax.device_get(encode_prompts(pipeline, prompts, 32))
+        return States(conditioning.hidden_states, conditioning.pooled)
+
+    writer = TextStatesWriter(path)
+    for texts in PROMPTS.__getitems__(range(len(PROMPTS))):
+        writer.write(texts, states(texts))
+    writer.finish(states([negative_prompt]), negative_prompt, states(["a grid", "of two"]), ["a grid", "of two"])
+
+
+def test_text_states_of_a_file_take_the_encoders_place(pipeline, batches, tmp_path):
+    write_states(pipeline, tmp_path / "states", negative_prompt="blur")
+    asked = {"text_states": str(tmp_path / "states"), "negative_prompt": "blur"}
+    program = make_program(pipeline, MESH, **asked)
+    states = open_states(program, PROMPTS, ["a grid", "of two"])
+    without = load_pipeline(pipeline.folder, parts=("unet",))
+    with closing(Feed(program, without, PROMPTS, states=states)) as fed:
+        for step in (6, 7, 13):
+            for a, b in zip(jax.tree.leaves(fed(step).batch), jax.tree.leaves(batches[step]), strict=True):
+                np.testing.assert_allclose(a, b, atol=1e-5)
+    texts, expected = (
+        read_texts(program, p, ["a grid", "of two"], s) for p, s in ((without, states), (pipeline, None))
+    )
+    for a, b in zip(jax.tree.leaves(texts), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+WRONG = {
+    "other prompts": ({}, TextLines(["a", "b", "c", "d", "e"]), ["a grid", "of two"], "from other prompts"),
+    "more prompts": ({}, TextLines(["a"] * 6), ["a grid", "of two"], "from other prompts"),
+    "other sample prompts": ({}, PROMPTS, ["a grid"], "another sample_prompts"),
+    "another negative prompt": ({"negative_prompt": "blur"}, PROMPTS, ["a grid", "of two"], "another negative_prompt"),
+    "another dtype": ({"compute_dtype": "bfloat16"}, PROMPTS, ["a grid", "of two"], "bfloat16"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_text_states_of_another_run_are_refused(pipeline, tmp_path, case):
+    values, prompts, sample_prompts, words = WRONG[case]
+    write_states(pipeline, tmp_path / "states")
+    if "compute_dtype" in values:
+        pipeline = read_architecture(pipeline.folder, values["compute_dtype"])
+    program = make_program(pipeline, MESH, text_states=str(tmp_path / "states"), **values)
+    with pytest.raises(UserError, match=words):
+        open_states(program, prompts, sample_prompts)
+
+
+def test_a_file_that_is_not_there_or_no_text_states_is_refused(tmp_path):
+    (tmp_path / "text").write_text("a\nb\n")
+    for path, words in ((tmp_path / "nowhere", "do not exist"), (tmp_path / "text", "is no file of text states")):
+        with pytest.raises(UserError, match=words):
+            TextStates(path)
