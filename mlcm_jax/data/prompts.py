@@ -4,6 +4,7 @@ A place is a text file (a prompt a line), a .jsonl, .csv or .parquet file with a
 ``tfds:NAME`` (data/tfds_text.py). A row can hold several texts for the same thing, as captions of a picture.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from mlcm_jax.data.columns import SUFFIXES, read_column
 from mlcm_jax.errors import UserError
 
 TFDS = "tfds:"
+LINE_END = re.compile(r"\r\n|\n|\r")  # U+2028 and other separators, at which str.splitlines cuts, belong to a prompt
 
 
 class TextSource(Protocol):
@@ -70,11 +72,20 @@ def read_prompts(place: str | Path, column: str = "") -> list[str]:
     return [texts[0] for texts in source.__getitems__(range(len(source)))]
 
 
+def text_lines(text: str) -> list[str]:
+    """The lines of a text without what ends them: \\n, \\r\\n or \\r. A last line needs no end."""
+    lines = LINE_END.split(text)
+    return lines if lines[-1] else lines[:-1]
+
+
 def _text_file(path: epath.Path) -> TextLines:
     try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = path.read_bytes().decode("utf-8-sig")  # without the byte order mark that Windows' editors write
     except UnicodeDecodeError:
-        raise UserError(f"The prompt file {path} is not UTF-8 text: write one prompt a line.") from None
+        text = "\0"
+    if "\0" in text:  # as in UTF-16 without its mark
+        raise UserError(f"The prompt file {path} is not UTF-8 text: write one prompt a line.")
+    prompts = [line.strip() for line in text_lines(text) if line.strip()]
     if not prompts:
         raise UserError(f"The prompt file {path} is empty: write one prompt a line.")
     return TextLines(prompts)

@@ -41,6 +41,28 @@ def test_every_file_gives_the_same_prompts(tmp_path, name):
     assert open_prompts(path).__getitems__([2, 0]) == [(PROMPTS[2],), (PROMPTS[0],)]
 
 
+LINES = {
+    "Windows' line ends and mark": b"\xef\xbb\xbfred heart\r\nblue star\r\n",
+    "old Macs' line ends": b"red heart\rblue star",
+    "no line end after the last": b"\xef\xbb\xbfred heart\n\nblue star",
+}
+
+
+@pytest.mark.parametrize("kind", LINES)
+def test_lines_of_other_editors(tmp_path, kind):
+    (tmp_path / "p.txt").write_bytes(LINES[kind])
+    assert read_prompts(tmp_path / "p.txt") == ["red heart", "blue star"]
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.csv", "p.jsonl"])
+def test_only_line_ends_end_a_prompt(tmp_path, name):
+    """Other characters that str.splitlines cuts at stay within the prompt."""
+    within = "red" + "".join(map(chr, (0x0B, 0x0C, 0x1C, 0x1D, 0x1E, 0x85, 0x2028, 0x2029))) + "heart"
+    text = {"p.txt": within, "p.csv": f"prompt\n{within}", "p.jsonl": json.dumps({"prompt": within})}[name]
+    (tmp_path / name).write_text(f"\ufeff{text}\n", encoding="utf-8")
+    assert read_prompts(tmp_path / name) == [within]
+
+
 class BucketInMemory(MemoryFileSystem):
     """Stands in for the cloud's file system: takes gs:// paths, and keeps what is written in memory."""
 
@@ -122,6 +144,7 @@ WRONG = {
     "blank.csv": ("", "has no prompt in the column"),
     "broken.jsonl": ("", "is not a readable .jsonl file"),
     "p.txt": ("text", "has no columns"),
+    "utf16.txt": ("", "is not UTF-8 text"),
     "tfds:nothing_of_this_name": ("", "tfds build nothing_of_this_name --file_format=array_record"),
     "DATA:nowhere": ("", "has no split 'nowhere': it has train, validation"),
     "DATA:train": ("image", "has no text in 'image': it has captions/text, image/filename"),
@@ -132,6 +155,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_place_is_answered_in_one_sentence(tmp_path, data_dir, name):
     write(tmp_path, "p.txt"), write(tmp_path, "p.parquet")
+    (tmp_path / "utf16.txt").write_text("red heart\n", encoding="utf-16-le")
     (tmp_path / "unnamed.csv").write_text("a,b\nx,y\n")
     (tmp_path / "numbers.csv").write_text("a,b\n1,2\n")
     (tmp_path / "blank.csv").write_text('prompt\n" "\n')

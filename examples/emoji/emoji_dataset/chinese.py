@@ -9,6 +9,7 @@ from pathlib import Path
 import emoji
 from tokenizers import pre_tokenizers
 
+from mlcm_jax.data.prompts import read_prompts
 from mlcm_jax.errors import UserError
 
 from .dataset import EmojiSplit
@@ -65,7 +66,7 @@ def write_chinese_prompts(train: EmojiSplit, folder: Path, files: Sequence[str] 
     """Write folder/chinese/NAME.txt beside each folder/NAME.txt, line by line the same captions in Chinese."""
     chinese = dict(zip(train["caption"], chinese_captions(train), strict=True))
     for name in files:
-        english = (folder / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+        english = read_prompts(folder / f"{name}.txt")
         write_lines(folder / "chinese" / f"{name}.txt", [chinese[caption] for caption in english])
 
 

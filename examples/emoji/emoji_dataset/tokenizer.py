@@ -64,8 +64,8 @@ def _learn_merges(captions: Iterable[str], alphabet: list[str], count: int) -> l
     tokenizer.train_from_iterator(captions, trainer)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.model.save(folder)
-        lines = Path(folder, "merges.txt").read_text(encoding="utf-8").splitlines()
-    pairs = (line.split(" ") for line in lines if not line.startswith("#version"))
+        lines = Path(folder, "merges.txt").read_text(encoding="utf-8").split("\n")
+    pairs = (line.split(" ") for line in lines if line and not line.startswith("#version"))
     return [(left, right) for left, right in pairs]
 
 
