@@ -3,12 +3,13 @@
 import dataclasses
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import huggingface_hub
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
 from mlcm_jax.errors import UserError
+from mlcm_jax.hub.lora_names import ADAPTER_CONFIG, FILE_NAMES
 from mlcm_jax.hub.single_file import class_of_checkpoint
 from mlcm_jax.hub.tensor_reader import refuse_pickle
 
@@ -97,27 +98,40 @@ def resolve_folder(
 def resolve_file(place: str | Path, revision: str | None = None) -> Path:
     """The path itself; where nothing is there and it reads like a file of the hub ("owner/name/FILE.safetensors"), that
     file, downloaded. Raises UserError where the repository does not have it."""
-    on_hub = _HUB_FILE.match(str(place))
-    if on_hub is None or str(place).startswith(".") or Path(place).exists():
+    on_hub = _hub_file(place)
+    if on_hub is None:
         return Path(place)
-    repository, name = on_hub.groups()
+    repository, name = on_hub
     file = download(repository, [name], revision) / name
     if not file.is_file():
         raise UserError(f"{repository} has no file {name} on the hub, and {place} is none here.")
     return file
 
 
-def resolve_lora(place: str | Path, file_name: str) -> Path:
-    """The file or folder of a LoRA: a path, a file of the hub, or a hub id whose repository has ``file_name``.
+def _hub_file(place: str | Path) -> tuple[str, str] | None:
+    """Repository and file of a place that is nothing here and reads like a file of the hub."""
+    match = _HUB_FILE.match(str(place))
+    if match is None or str(place).startswith(".") or Path(place).exists():
+        return None
+    return match[1], match[2]
 
-    Of a hub id, the LoRA and the settings beside it are downloaded.
+
+def resolve_lora(place: str | Path) -> Path:
+    """The file or folder of a LoRA: a path, a file of the hub, or a hub id whose repository has a LoRA of usual name.
+
+    The settings beside it are downloaded, too: all of a hub id, PEFT's of a file.
     """
+    on_hub = _hub_file(place)
+    if on_hub is not None:
+        download(on_hub[0], [str(PurePosixPath(on_hub[1]).with_name(ADAPTER_CONFIG))])
     path = resolve_file(place)
     if path.exists() or path.suffix == ".safetensors" or not _HUB_ID.match(str(place)) or str(place).startswith("."):
         return path
-    folder = download(str(place), [file_name, "*.json"])
-    if not (folder / file_name).is_file():
-        raise UserError(f"{place} has no {file_name} on the hub: name the LoRA's file, {place}/FILE.safetensors.")
+    folder = download(str(place), [*FILE_NAMES, "*.json"])
+    if not any((folder / name).is_file() for name in FILE_NAMES):
+        raise UserError(
+            f"{place} has no {' or '.join(FILE_NAMES)} on the hub: name the LoRA's file, {place}/FILE.safetensors."
+        )
     return folder
 
 

@@ -109,15 +109,24 @@ def read_array(reader: TensorReader, path: names.Path, file_names: list[str], dt
     return stack if names.is_stacked(path) else stack[0]
 
 
-def read_layer(reader: TensorReader, path: names.Path, name: str, memory: np.ndarray | None = None) -> np.ndarray:
-    """One tensor as Flax holds it, in ``memory`` if given; raises UserError when it has a value that is not finite."""
+def read_layer(
+    reader: TensorReader,
+    path: names.Path,
+    name: str,
+    memory: np.ndarray | None = None,
+    shape: tuple[int, ...] | None = None,
+) -> np.ndarray:
+    """One tensor as Flax holds it, in ``memory`` if given; raises UserError when it has a value that is not finite.
+
+    shape: torch's, where the file has it with more or fewer axes of length 1.
+    """
     tensor = reader.read(name, memory)
     if not is_finite(tensor):
         raise UserError(
             f"{reader.source} has values that are no finite numbers in {reader.spelling(name)}: copy or download it "
             "again, and if that does not help, use another model."
         )
-    return names.to_flax(path, tensor)
+    return names.to_flax(path, tensor if shape is None else tensor.reshape(shape))
 
 
 def is_finite(tensor: np.ndarray) -> bool:

@@ -1,6 +1,7 @@
 """Tensors of safetensors files: one, or the shards that an index names. Nothing else is ever opened."""
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,14 @@ from safetensors import SafetensorError, safe_open
 from mlcm_jax.errors import UserError
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+NUMBERS = {
+    "F64": "<f8",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U8": "u1",
+}  # of single numbers, beside those
 BASE_NAMES = ("diffusion_pytorch_model", "model")
 LAYOUTS = ("{}.safetensors", "{}.safetensors.index.json")
 VARIANT_LAYOUTS = (
@@ -22,7 +31,7 @@ VARIANT_LAYOUTS = (
 )
 PICKLES = ("*.bin", "*.bin.index.json", "*.ckpt", "*.pt", "*.pth")
 
-NUM_LISTED = 5
+NUM_LISTED, LENGTH_LISTED = 5, 120
 
 
 def read_json(path: Path | epath.Path) -> dict[str, Any]:
@@ -39,10 +48,13 @@ def read_json(path: Path | epath.Path) -> dict[str, Any]:
 
 
 def listed(items: Iterable[str]) -> str:
-    """The first few of many names and the number of the others, for messages."""
+    """The first few of many names, no more than a line, and the number of the others, for messages."""
     items = sorted(items)
-    rest = f" and {len(items) - NUM_LISTED} more" if len(items) > NUM_LISTED else ""
-    return ", ".join(items[:NUM_LISTED]) + rest
+    count = min(len(items), NUM_LISTED)
+    while count > 1 and len(", ".join(items[:count])) > LENGTH_LISTED:
+        count -= 1
+    rest = f" and {len(items) - count} more" if len(items) > count else ""
+    return ", ".join(items[:count]) + rest
 
 
 def _header(file: Path) -> tuple[int, dict[str, Any]]:
@@ -118,6 +130,21 @@ class TensorReader:
     def read(self, name: str, memory: np.ndarray | None = None) -> np.ndarray:
         """One tensor; memory: bytes to read it into: new ones take longer to get than a cached file to read."""
         # Not through the memory map: its pages would count as this process's memory, the whole file in the end.
+        memory = self._read_bytes(name, memory)
+        return memory.view(jnp.dtype(DTYPES[self.dtype(name)])).reshape(self.shape(name))
+
+    def read_number(self, name: str) -> float:
+        """A tensor of one element, of any shape and dtype; raises UserError for another and for NaN or infinity."""
+        shape, code = self.shape(name), self.dtype(name)
+        dtype = DTYPES.get(code) or NUMBERS.get(code)
+        if math.prod(shape) != 1 or dtype is None:
+            raise UserError(f"{self.source} has {name} of shape {list(shape)} and dtype {code}: it must be one number.")
+        value = float(self._read_bytes(name).view(jnp.dtype(dtype))[0])
+        if not math.isfinite(value):
+            raise UserError(f"{self.source} has {name}={value}, no finite number: copy or download it again.")
+        return value
+
+    def _read_bytes(self, name: str, memory: np.ndarray | None = None) -> np.ndarray:
         start, end = self._place(name)
         memory = np.empty(end - start, np.uint8) if memory is None else memory[: end - start]
         try:
@@ -128,7 +155,7 @@ class TensorReader:
             raise UserError(f"{self.source}: tensor {name} cannot be read ({e}).") from None
         if size != end - start:
             raise UserError(f"{self.source}: tensor {name} cannot be read (the file has become shorter).")
-        return memory.view(jnp.dtype(DTYPES[self.dtype(name)])).reshape(self.shape(name))
+        return memory
 
     def _place(self, name: str) -> tuple[int, int]:
         """Where a tensor's bytes begin and end in its file."""

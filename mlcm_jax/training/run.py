@@ -17,8 +17,7 @@ from mlcm_jax.data.prompts import open_prompts, read_prompts
 from mlcm_jax.distillation.step import Frozen
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.fetch import resolve_lora
-from mlcm_jax.hub.lora import FILE_NAME as LORA_FILE
-from mlcm_jax.hub.lora import load_lora
+from mlcm_jax.hub.lora_reader import load_lora
 from mlcm_jax.hub.pipeline import Pipeline, load_part, load_pipeline, read_architecture
 from mlcm_jax.hub.save import write_json
 from mlcm_jax.models import lora
@@ -212,7 +211,7 @@ def starting_weights(program: Program, pipeline: Pipeline) -> Params | None:
 
 def _starting_lora(program: Program, unet: Params) -> Params:
     settings = program.config.lora
-    file = resolve_lora(settings.start, LORA_FILE)
+    file = resolve_lora(settings.start)
     in_file = load_lora(file, unet, dtype=jnp.float32)
     found = lora.scaled(in_file, alpha=settings.rank, rank=settings.alpha)  # undo what ``up`` has in a file
     wanted = jax.tree.map(jnp.shape, program.state.params)

@@ -11,11 +11,12 @@ import pytest
 
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub import fetch
-from mlcm_jax.hub.lora import FILE_NAME as LORA
 from mlcm_jax.hub.lora import with_loras
+from mlcm_jax.hub.lora_names import FILE_NAMES
 from mlcm_jax.hub.pipeline import load_pipeline, save_pipeline
 from mlcm_jax.hub.single_file import save_single_file
 
+LORA = FILE_NAMES[0]
 EMOJI = Path(__file__).resolve().parents[2] / "examples" / "emoji"
 
 SETTINGS = ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json", "tokenizer/merges.txt"]
@@ -116,7 +117,7 @@ def test_a_lora_of_the_hub(hub, tmp_path):
         there = with_loras(teacher, [f"{place}:1.0"])
         jax.tree.map(np.testing.assert_array_equal, there.unet.params, here.unet.params)
         assert (there.scheduler_config == here.scheduler_config) == (place == "owner/name"), "a file is weights alone"
-    assert asked == [("owner/name", None)] * 2
+    assert asked == [("owner/name", None)] * 3, "PEFT's settings are looked for beside a file"
     hub({})
-    with pytest.raises(UserError, match=r"other/name has no pytorch_lora_weights\.safetensors on the hub: name"):
+    with pytest.raises(UserError, match=r"other/name has no pytorch_lora_weights\.safetensors or adapter.* on the hub"):
         with_loras(teacher, ["other/name"])
