@@ -24,7 +24,8 @@ from mlcm_jax.data.text_states import States, TextStatesWriter
 from mlcm_jax.diffusion.samplers import step_table
 from mlcm_jax.errors import UserError
 from mlcm_jax.evaluation.real_images import RealPictures
-from mlcm_jax.hub.pipeline import TEXT_ENCODERS, Pipeline
+from mlcm_jax.hub.model_index import TEXT_ENCODERS
+from mlcm_jax.hub.pipeline import Pipeline
 from mlcm_jax.model_flags import load_model
 from mlcm_jax.sampling.conditioning import encode_prompts, unconditional
 from mlcm_jax.sampling.decode import encode

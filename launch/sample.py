@@ -16,6 +16,7 @@ from PIL import Image
 from mlcm_jax.cli import run_main
 from mlcm_jax.data.prompts import read_prompts
 from mlcm_jax.diffusion.samplers import SAMPLERS, step_table
+from mlcm_jax.diffusion.scheduler_config import of_class
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.lora import with_loras
 from mlcm_jax.hub.pipeline import Pipeline
@@ -98,7 +99,7 @@ def main():
     pipeline = with_loras(pipeline, LORA.value or ([] if named_model() else [str(EMOJI / "student")]))
     scheduler_config = pipeline.scheduler_config
     if SCHEDULER.value:
-        scheduler_config = scheduler_config | {"_class_name": SCHEDULER.value}
+        scheduler_config = of_class(scheduler_config, SCHEDULER.value)
     pipeline = dataclasses.replace(pipeline, scheduler_config=scheduler_config)
     pipeline = pipeline.with_attention(AttentionBackend(ATTENTION.value))
     vae = load_vae(VAE.value, pipeline, dtype=jnp.dtype(DTYPE.value)) if VAE.value else pipeline.vae

@@ -92,10 +92,21 @@ KNOWN_KEYS = {key for table in SCHEDULERS.values() for key in table} | {
 }
 
 
+def of_class(scheduler_config: dict[str, Any], name: str) -> dict[str, Any]:
+    """The settings handed to the class ``name``, as diffusers' ``from_config`` and ``from_pretrained`` do it.
+
+    Keys that only the file's own class reads are left out.
+    """
+    if scheduler_config.get("_class_name") == name:
+        return scheduler_config
+    kept = {k: v for k, v in scheduler_config.items() if k in KNOWN_KEYS or k.startswith("_")}
+    return kept | {"_class_name": name}
+
+
 def class_name(scheduler_config: dict[str, Any]) -> str:
     """Name of the diffusers scheduler class. Raises UserError when the file does not say it."""
     name = scheduler_config.get("_class_name")
-    if not name:
+    if not name or not isinstance(name, str):
         raise UserError("scheduler_config.json has no _class_name: add diffusers' class, such as DDIMScheduler.")
     return name
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 import huggingface_hub
@@ -11,7 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.lora_names import ADAPTER_CONFIG, FILE_NAMES
 from mlcm_jax.hub.single_file import class_of_checkpoint
-from mlcm_jax.hub.tensor_reader import refuse_pickle
+from mlcm_jax.hub.tensor_reader import has_variant, refuse_pickle
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 BASE_NAMES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -92,7 +92,13 @@ def resolve_folder(
         )
     if not _HUB_ID.match(str(model)) or str(model).startswith("."):
         raise UserError(f"{model} does not exist: name the folder of a diffusers model, or a hub id like owner/name.")
-    return download(str(model), snapshot_patterns(variant, weights), revision)
+    folder = download(str(model), snapshot_patterns(variant, weights), revision)
+    if variant and weights:  # a part that has none of the variant is read in full precision
+        parts = [part for part in BASE_NAMES if (folder / part).is_dir()]
+        others = [part for part in parts if not has_variant(folder / part, variant)]
+        if 0 < len(others) < len(parts):
+            download(str(model), weights_patterns(None, others), revision)
+    return folder
 
 
 def resolve_file(place: str | Path, revision: str | None = None) -> Path:
@@ -138,11 +144,14 @@ def resolve_lora(place: str | Path) -> Path:
 def snapshot_patterns(variant: str | None, weights: bool = True) -> list[str]:
     """What to download of a diffusers repository: settings and tokenizers, and the safetensors of one variant."""
     settings = ["model_index.json", *(f"{part}/*.{suffix}" for part in PARTS for suffix in ("json", "txt"))]
-    if not weights:
-        return settings
+    return settings + weights_patterns(variant, BASE_NAMES) if weights else settings
+
+
+def weights_patterns(variant: str | None, parts: Iterable[str]) -> list[str]:
+    """The safetensors of one variant in the folders of ``parts``."""
     dot = f".{variant}" if variant else ""
     forms = (f"{dot}.safetensors", f"{dot}{SHARD}.safetensors", f"{SHARD}{dot}.safetensors")
-    return settings + [f"{part}/{base}{form}" for part, base in BASE_NAMES.items() for form in dict.fromkeys(forms)]
+    return [f"{part}/{BASE_NAMES[part]}{form}" for part in parts for form in dict.fromkeys(forms)]
 
 
 def download(repository: str, patterns: Sequence[str], revision: str | None = None) -> Path:

@@ -14,7 +14,7 @@ from mlcm_jax.errors import UserError
 from mlcm_jax.hub.layout import Layout
 from mlcm_jax.hub.load import load_params
 from mlcm_jax.hub.single_file import IGNORED
-from mlcm_jax.hub.tensor_reader import read_json
+from mlcm_jax.hub.tensor_reader import find_weights, read_json
 from mlcm_jax.types import Params, TextConditioning
 
 # (component name, tree of ShapeDtypeStructs) -> one sharding or a tree of them, as load_params takes it
@@ -68,21 +68,26 @@ def _lpips_inputs(config: Mapping[str, Any]) -> tuple:
 
 
 class NetworkClass(NamedTuple):
-    """Where the Flax module of a torch class is, and the smallest inputs that its ``init`` takes."""
+    """Where the Flax module of a torch class is, and the smallest inputs that its ``init`` takes.
+
+    library: "diffusers" or "transformers", as whose files those of this class are looked for.
+    """
 
     module: str
     attribute: str
     inputs: Callable[[Mapping[str, Any]], tuple]
+    library: str = "diffusers"
 
 
+_TEXT = NetworkClass("mlcm_jax.models.clip", "CLIPTextModel", _text_inputs, "transformers")
 NETWORKS = {
     "UNet2DConditionModel": NetworkClass("mlcm_jax.models.unet", "UNet2DConditionModel", _unet_inputs),
     "AutoencoderKL": NetworkClass("mlcm_jax.models.vae", "AutoencoderKL", _vae_inputs),
     "AutoencoderTiny": NetworkClass("mlcm_jax.models.tiny_vae", "AutoencoderTiny", _tiny_vae_inputs),
-    "CLIPTextModel": NetworkClass("mlcm_jax.models.clip", "CLIPTextModel", _text_inputs),
-    "CLIPTextModelWithProjection": NetworkClass("mlcm_jax.models.clip", "CLIPTextModel", _text_inputs),
-    "CLIPVisionModelWithProjection": NetworkClass("mlcm_jax.models.clip", "CLIPVisionModel", _vision_inputs),
-    "CLIPModel": NetworkClass("mlcm_jax.models.clip", "CLIPModel", _clip_inputs),
+    "CLIPTextModel": _TEXT,
+    "CLIPTextModelWithProjection": _TEXT,
+    "CLIPVisionModelWithProjection": _TEXT._replace(attribute="CLIPVisionModel", inputs=_vision_inputs),
+    "CLIPModel": _TEXT._replace(attribute="CLIPModel", inputs=_clip_inputs),
     "LatentLPIPS": NetworkClass("mlcm_jax.models.latent_lpips", "LatentLPIPS", _lpips_inputs),
 }
 
@@ -131,8 +136,8 @@ def load_network(
     """Build one component from its config.json and read its weights.
 
     Args:
+      class_name: the torch class, a key of ``NETWORKS``, whatever the config.json says.
       weights: where they are; None: full precision, or else fp16, in the folder.
-      class_name: the torch class, a key of ``NETWORKS``.
       dtype: compute dtype of the module. param_dtype: of the parameters; None keeps the file's.
       shardings: called with the folder's name and the tree of shapes.
 
@@ -143,7 +148,7 @@ def load_network(
     if class_name == "AutoencoderKL" and network.module.config.force_upcast:
         network, param_dtype = describe_network(Path(folder), class_name, jnp.float32), None
     placed = None if shardings is None else shardings(Path(folder).name, network.params)
-    source, layout = weights or Weights(Path(folder))
+    source, layout = weights or Weights(find_weights(Path(folder), library=NETWORKS[class_name].library))
     ignored = IGNORED if layout else ()
     params = load_params(network.params, source, dtype=param_dtype, shardings=placed, ignored=ignored, layout=layout)
     return dataclasses.replace(network, params=params)
@@ -154,5 +159,8 @@ def describe_network(folder: Path, class_name: str, dtype: Any) -> Network:
     check_class(folder, class_name)
     config = read_json(folder / "config.json")
     spec = NETWORKS[class_name]
-    module = getattr(importlib.import_module(spec.module), spec.attribute).from_config(config, dtype=dtype)
+    module_class = getattr(importlib.import_module(spec.module), spec.attribute)
+    # transformers builds the class that it is asked for; ours looks there whether it has a projection
+    named = {"architectures": [class_name]} if spec.library == "transformers" else {}
+    module = module_class.from_config(config | named, dtype=dtype)
     return Network(module, network_shapes(module, config), config)

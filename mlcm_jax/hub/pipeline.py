@@ -14,21 +14,16 @@ from etils import epath
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.fetch import SCHEDULER_NAME, Source, find_model
 from mlcm_jax.hub.fetch import resolve_folder as resolve_folder
-from mlcm_jax.hub.network import Network, ShardingRule, Weights, check_class, describe_network, load_network
+from mlcm_jax.hub.model_index import PIPELINES, network_parts, read_model_index, read_scheduler_config
+from mlcm_jax.hub.network import NETWORKS, Network, ShardingRule, Weights, describe_network, load_network
 from mlcm_jax.hub.network import network_shapes as network_shapes
 from mlcm_jax.hub.network import parameter_shapes as parameter_shapes
 from mlcm_jax.hub.save import copy_folder, is_remote, save_params, write_json
 from mlcm_jax.hub.single_file import LAYOUTS
-from mlcm_jax.hub.tensor_reader import find_weights, read_json
+from mlcm_jax.hub.tensor_reader import find_weights, has_variant
 from mlcm_jax.models.attention_backend import AttentionBackend
 from mlcm_jax.types import TextConditioning
 
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # of which a pipeline may have the first alone
-# pipeline class: (text encoders, tokenizers), in the order in which their states are joined
-PIPELINES = {
-    "StableDiffusionXLPipeline": (TEXT_ENCODERS, ("tokenizer", "tokenizer_2")),
-    "StableDiffusionPipeline": (("text_encoder",), ("tokenizer",)),
-}
 WEIGHT_FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 # tokenizer class that is read as itself: the files one of which groups it needs; others are transformers' to find
 TOKENIZER_FILES = {
@@ -68,8 +63,8 @@ class Pipeline:
 
     def networks(self) -> dict[str, Network]:
         """Networks by the name of their folder."""
-        encoders, _ = PIPELINES[self.model_index["_class_name"]]
-        return {"unet": self.unet, "vae": self.vae, **dict(zip(encoders, self.text_encoders, strict=True))}
+        networks = (self.unet, self.vae, *self.text_encoders)
+        return dict(zip(network_parts(self.model_index), networks, strict=True))
 
 
 def read_architecture(
@@ -86,14 +81,14 @@ def read_architecture(
     """
     source = find_model(model, architecture=architecture, variant=variant, revision=revision)
     folder = source.folder
-    model_index = _read_model_index(folder, with_tokenizers=False)
+    model_index = read_model_index(folder, with_tokenizers=False)
     encoders, _ = PIPELINES[model_index["_class_name"]]
     return Pipeline(
         unet=describe_network(folder / "unet", model_index["unet"][1], dtype),
         vae=describe_network(folder / "vae", model_index["vae"][1], dtype),
         text_encoders=tuple(describe_network(folder / part, model_index[part][1], dtype) for part in encoders),
         tokenizers=(),
-        scheduler_config=read_json(source.scheduler_config),
+        scheduler_config=read_scheduler_config(source, model_index),
         model_index=model_index,
         folder=folder,
     )
@@ -130,25 +125,6 @@ def load_tokenizer(folder: Path, class_name: str) -> Any:
         raise UserError(f"{folder} holds no readable {class_name} ({' '.join(str(e).split())[:200]}).") from None
 
 
-def _read_model_index(folder: Path, *, with_tokenizers: bool = True) -> dict[str, Any]:
-    if not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} has no model_index.json: name the folder of a diffusers model.")
-    model_index = read_json(folder / "model_index.json")
-    class_name = model_index.get("_class_name")
-    if class_name not in PIPELINES:
-        raise UserError(f"{folder} is a {class_name}, which is not supported: use {', '.join(PIPELINES)}.")
-    encoders, tokenizers = PIPELINES[class_name]
-    for part in ("unet", "vae", *encoders, *tokenizers, "scheduler"):
-        entry = model_index.get(part)
-        if not isinstance(entry, list) or len(entry) != 2 or None in entry:
-            raise UserError(f"{folder}/model_index.json has no {part}, which a {class_name} needs.")
-        if not (folder / part).is_dir() and (with_tokenizers or part not in tokenizers):
-            raise UserError(f"{folder / part} does not exist, though model_index.json names it: copy the whole model.")
-    for part in ("unet", "vae", *encoders):
-        check_class(folder / part, model_index[part][1])
-    return model_index
-
-
 def load_pipeline(
     model: str | Path,
     *,
@@ -172,21 +148,23 @@ def load_pipeline(
     """
     source = find_model(model, architecture=architecture, variant=variant, revision=revision)
     folder = source.folder
-    model_index = _read_model_index(folder, with_tokenizers=source.checkpoint is None)
+    model_index = read_model_index(folder, with_tokenizers=source.checkpoint is None)
     encoders, tokenizer_parts = PIPELINES[model_index["_class_name"]]
     if not all((folder / part).is_dir() for part in tokenizer_parts):
         raise UserError(
             f"{source.checkpoint} is a single file, which holds no tokenizers, and neither does {folder}: name a "
             "diffusers folder or hub id that has them, --architecture=DIR; its weights are not needed."
         )
+    if source.variant and not any(has_variant(folder / part, source.variant) for part in network_parts(model_index)):
+        find_weights(folder / "unet", source.variant)  # which says what there is
     # What is small comes first: its mistakes are answered before the weights are read.
-    scheduler_config = read_json(source.scheduler_config)
+    scheduler_config = read_scheduler_config(source, model_index)
     tokenizers = tuple(load_tokenizer(folder / part, model_index[part][1]) for part in tokenizer_parts)
     networks = {
         part: load_part(source, part, model_index, dtype=dtype, param_dtype=param_dtype, shardings=shardings)
         if parts is None or part in parts
         else describe_network(folder / part, model_index[part][1], dtype)
-        for part in ("unet", "vae", *encoders)
+        for part in network_parts(model_index)
     }
     return Pipeline(
         unet=networks["unet"],
@@ -201,10 +179,14 @@ def load_pipeline(
 
 
 def load_part(source: Source, part: str, model_index: Mapping[str, Any], **settings: Any) -> Network:
-    """One network of a pipeline, by its folder's name; ``settings`` and errors are ``load_network``'s."""
+    """One network of a pipeline, by its folder's name; ``settings`` and errors are ``load_network``'s.
+
+    As in diffusers, a part without weights of the variant that was asked for is read in full precision.
+    """
     folder = source.folder / part
     if source.checkpoint is None:
-        weights = Weights(find_weights(folder, source.variant))
+        of_variant = source.variant if source.variant and has_variant(folder, source.variant) else None
+        weights = Weights(find_weights(folder, of_variant, NETWORKS[model_index[part][1]].library))
     else:
         weights = Weights(source.checkpoint, LAYOUTS[model_index["_class_name"]][part])
     return load_network(folder, model_index[part][1], weights=weights, **settings)

@@ -22,16 +22,19 @@ NUMBERS = {
     "I8": "i1",
     "U8": "u1",
 }  # of single numbers, beside those
-BASE_NAMES = ("diffusion_pytorch_model", "model")
-LAYOUTS = ("{}.safetensors", "{}.safetensors.index.json")
-VARIANT_LAYOUTS = (
-    "{}.{variant}.safetensors",
+BASE_NAMES = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+# Which of several files counts: diffusers prefers shards with an index to one file, transformers one file to shards.
+SINGLE = ("{}.safetensors",)
+INDEX = ("{}.safetensors.index.json",)
+VARIANT_SINGLE = ("{}.{variant}.safetensors",)
+VARIANT_INDEX = (
     "{}.safetensors.index.{variant}.json",
+    "{}.safetensors.{variant}.index.json",
     "{}.{variant}.safetensors.index.json",
 )
 PICKLES = ("*.bin", "*.bin.index.json", "*.ckpt", "*.pt", "*.pth")
 
-NUM_LISTED, LENGTH_LISTED = 5, 120
+NUM_LISTED, LENGTH_LISTED = 5, 140
 
 
 def read_json(path: Path | epath.Path) -> dict[str, Any]:
@@ -167,13 +170,14 @@ class TensorReader:
         return data + start, data + end
 
 
-def find_weights(folder: Path, variant: str | None = None) -> Path:
+def find_weights(folder: Path, variant: str | None = None, library: str = "diffusers") -> Path:
     """The weights file, or the index of its shards, in a component's folder.
 
-    variant: such as "fp16"; None takes full precision before fp16.
+    variant: such as "fp16"; None takes full precision before fp16. library: whose file is taken where there are
+    several, diffusers' or transformers'.
     """
-    layouts = VARIANT_LAYOUTS if variant else LAYOUTS + VARIANT_LAYOUTS
-    for file in [folder / layout.format(b, variant=variant or "fp16") for layout in layouts for b in BASE_NAMES]:
+    files = [*_weights_files(folder, variant, library), *([] if variant else _weights_files(folder, "fp16", library))]
+    for file in files:
         if file.exists():
             return file
     pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
@@ -182,11 +186,25 @@ def find_weights(folder: Path, variant: str | None = None) -> Path:
             f"{folder} has weights only as a pickle ({listed(pickles)}), never read here: convert it to safetensors."
         )
     others = listed(p.name for p in folder.glob("*.safetensors"))
+    single = (VARIANT_SINGLE if variant else SINGLE)[0]
     raise UserError(
         f"{folder} has no safetensors weights{f' of the variant {variant}' if variant else ''}: expected "
-        f"{' or '.join(layouts[0].format(b, variant=variant) for b in BASE_NAMES)}"
-        f"{f'; it has {others}, and a variant is chosen by its name' if others else ''}."
+        f"{' or '.join(single.format(b, variant=variant) for b in BASE_NAMES.values())}"
+        f"{f'; it has {others}, and a variant is chosen by its name (--variant)' if others else ''}."
     )
+
+
+def _weights_files(folder: Path, variant: str | None, library: str) -> list[Path]:
+    """Where weights may be, the first that counts first."""
+    single, index = (VARIANT_SINGLE, VARIANT_INDEX) if variant else (SINGLE, INDEX)
+    layouts = {"diffusers": index + single, "transformers": single + index}
+    libraries = sorted(BASE_NAMES, key=library.__ne__)  # its own names first
+    return [folder / layout.format(BASE_NAMES[name], variant=variant) for name in libraries for layout in layouts[name]]
+
+
+def has_variant(folder: Path, variant: str) -> bool:
+    """Whether a component's folder has weights of a variant, in whatever format."""
+    return folder.is_dir() and any(variant in file.name.split(".")[1:-1] for file in folder.iterdir())
 
 
 def refuse_pickle(path: Path) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from mlcm_jax.errors import UserError
-from mlcm_jax.hub.pipeline import PIPELINES, Pipeline, conditioning_shapes, load_network, load_tokenizer
+from mlcm_jax.hub.model_index import PIPELINES
+from mlcm_jax.hub.pipeline import Pipeline, conditioning_shapes, load_network, load_tokenizer
 
 
 def with_text(pipeline: Pipeline, folder: str | Path, *, dtype: Any = jnp.float32) -> Pipeline:
