@@ -11,8 +11,8 @@ from tiny_models import TEXT, tiny_tokenizer
 from torch_weights import assert_close, randomise, through_files
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from mlcm_jax.sampling import conditioning
 from mlcm_jax.errors import UserError
+from mlcm_jax.sampling import conditioning
 from mlcm_jax.sampling.conditioning import encode_prompts, tokenize, unconditional
 
 PROMPTS = ["a cat", "", "word " * 60]
