@@ -137,7 +137,7 @@ def batch_at(program: Program, step: int) -> Batch:
         jumps=jnp.asarray(rows.jumps, jnp.int32),
         num_segments=jnp.int32(program.config.num_segments),
         guidance_scale=jnp.asarray(rows.guidance_scale),
-        seed=jnp.int32(program.config.seed),
+        seed=jnp.asarray(rng.seed_words(program.config.seed)),
     )
 
 

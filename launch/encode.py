@@ -27,6 +27,7 @@ from mlcm_jax.evaluation.real_images import RealPictures
 from mlcm_jax.hub.model_index import TEXT_ENCODERS
 from mlcm_jax.hub.pipeline import Pipeline
 from mlcm_jax.model_flags import load_model
+from mlcm_jax.rng import MAX_SEED
 from mlcm_jax.sampling.conditioning import encode_prompts, unconditional
 from mlcm_jax.sampling.decode import encode
 from mlcm_jax.sampling.sample import default_guidance_scale, draw_noise, sample_latents
@@ -43,7 +44,7 @@ DTYPE = flags.DEFINE_enum(
 )
 STEPS = flags.DEFINE_integer("steps", 25, "Sampling steps, where the model draws.")
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "Default: 1 (none) for distilled models, 5 for others.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial noise, where the model draws.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial noise, where the model draws.", 0, MAX_SEED)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Pictures or texts at a time.", lower_bound=1)
 OUT = flags.DEFINE_string("out", None, "The file, .safetensors for latents.", required=True)
 

@@ -17,6 +17,7 @@ from ml_collections import config_flags
 from mlcm_jax.cli import run_main, take_defaults
 from mlcm_jax.evaluation.evaluate import Settings, evaluate
 from mlcm_jax.model_flags import ARCHITECTURE, MODEL, REVISION, VARIANT
+from mlcm_jax.rng import MAX_SEED
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Other defaults of these flags: configs/eval_coco5k.py.")
 BASELINE = flags.DEFINE_string("baseline", None, "One to compare with: the teacher.")
@@ -38,7 +39,7 @@ FEATURES = flags.DEFINE_list(
 DIVERSITY_PROMPTS = flags.DEFINE_integer("diversity_prompts", 32, "Prompts drawn from several seeds.", lower_bound=0)
 DIVERSITY_SEEDS = flags.DEFINE_integer("diversity_seeds", 4, "Seeds for each of them.", lower_bound=2)
 RESAMPLES = flags.DEFINE_integer("resamples", 200, "Of Frechet and kernel distance, for intervals.", lower_bound=2)
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial noise.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial noise.", 0, MAX_SEED)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures that are drawn at a time.", lower_bound=1)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the UNets' and text encoders' arithmetic.")
 OUT = flags.DEFINE_string("out", "runs/evaluation", "Folder for what is written.")

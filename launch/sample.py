@@ -25,6 +25,7 @@ from mlcm_jax.hub.vae import load_vae
 from mlcm_jax.images import image_grid
 from mlcm_jax.model_flags import MODEL, load_model
 from mlcm_jax.models.attention_backend import BACKENDS, AttentionBackend
+from mlcm_jax.rng import MAX_SEED, seed_key
 from mlcm_jax.sampling.conditioning import encode_prompts, unconditional
 from mlcm_jax.sampling.decode import TILING, decode, in_tiles
 from mlcm_jax.sampling.sample import default_guidance_scale, draw_noise, sample_latents
@@ -38,7 +39,7 @@ PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; give it again 
 STEPS = flags.DEFINE_integer("steps", 4, "Sampling steps.")
 SCHEDULER = flags.DEFINE_enum("scheduler", None, list(SAMPLERS), "In place of the model's own, from its settings.")
 ETA = flags.DEFINE_float("eta", 0.0, "TCDScheduler: part of fresh noise at each step, 0 (none) to 1.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial noise.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial noise.", 0, MAX_SEED)
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "Default: 1 (none) for distilled models, 5 for others.")
 IMAGE_SIZE = flags.DEFINE_integer("image_size", 0, "Height and width in pixels; 0: what the model was trained on.")
 LATENTS = flags.DEFINE_string("latents", None, "Initial noise, .npy, float32 [N, 4, h, w], as diffusers takes it.")
@@ -119,7 +120,7 @@ def main():
         unconditional(pipeline, n, image_size),
         guidance_scale=default_guidance_scale(pipeline) if GUIDANCE_SCALE.value is None else GUIDANCE_SCALE.value,
         num_steps=STEPS.value,
-        rng=jax.random.fold_in(jax.random.key(SEED.value), 1),
+        rng=jax.random.fold_in(seed_key(SEED.value), 1),
         eta=ETA.value,
     )
     images = decode(vae, latents, VAE_TILING.value)

@@ -23,6 +23,7 @@ from mlcm_jax.hub.pipeline import WEIGHT_FILES, Network, load_pipeline
 from mlcm_jax.hub.save import save_params
 from mlcm_jax.models.latent_lpips import LatentLPIPS
 from mlcm_jax.rewards.clip_features import load_scorer
+from mlcm_jax.rng import MAX_SEED, next_seed
 from mlcm_jax.sampling.decode import encode
 from mlcm_jax.training.latent_lpips import (
     Triplets,
@@ -44,7 +45,7 @@ WIDTHS = flags.DEFINE_list("widths", ["64", "128", "256", "512", "512"], "Channe
 STEPS = flags.DEFINE_integer("steps", 2000, "Updates.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Triplets an update.", lower_bound=1)
 LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "At the start; it falls to 0.", lower_bound=0.0)
-SEED = flags.DEFINE_integer("seed", 0, "Of weights, distortions and batches.")
+SEED = flags.DEFINE_integer("seed", 0, "Of weights, distortions and batches.", 0, MAX_SEED)
 OUT = flags.DEFINE_string("out", None, "Folder for config.json and weights.", required=True)
 
 
@@ -79,7 +80,7 @@ def main():
     module = LatentLPIPS.from_config(config)
     learnt, heldout = (
         triplets(place, vae, seed)
-        for place, seed in ((BAPPS.value or IMAGES.value, SEED.value), (HELDOUT.value, SEED.value + 1))
+        for place, seed in ((BAPPS.value or IMAGES.value, SEED.value), (HELDOUT.value, next_seed(SEED.value)))
     )
     print(f"{len(learnt.judge)} triplets to learn from, {len(heldout.judge)} to measure on.", flush=True)
     params = train_lpips(

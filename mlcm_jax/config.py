@@ -15,6 +15,7 @@ from mlcm_jax.models.attention_backend import BACKENDS
 from mlcm_jax.models.lora import UNET_TARGETS
 from mlcm_jax.models.remat import REMAT_POLICIES
 from mlcm_jax.parallel.sharding import RULES
+from mlcm_jax.rng import MAX_SEED
 from mlcm_jax.training.optimizer import OPTIMIZERS
 
 
@@ -82,7 +83,7 @@ def base() -> ConfigDict:
     config.preference.decoder = ""  # folder of an AutoencoderTiny or another autoencoder; "": the teacher's own
 
     # Length and optimizer
-    config.seed = 0
+    config.seed = 0  # to 2**64 - 1; all bits count
     config.num_steps = 12_000
     config.stages = ()  # changes in the course of the run, such as ({"start": 6000, "num_segments": 4},)
     config.batch_size = 16  # prompts a step, over all devices
@@ -165,7 +166,7 @@ _POSITIVE = (lambda v: v > 0), "above 0"
 _NOT_NEGATIVE = (lambda v: v >= 0), "0 or more"
 _GIVEN = bool, "given"
 _SEGMENTS = (lambda v: 1 <= v <= MAX_SEGMENTS), f"from 1 to {MAX_SEGMENTS}"
-_SEED = (lambda v: 0 <= v < 2**31), "from 0 to 2147483647"
+_SEED = (lambda v: 0 <= v <= MAX_SEED), f"from 0 to {MAX_SEED}"
 _STEP_COUNTS = (lambda v: len(v) > 0 and all(1 <= n <= 1000 for n in v)), "a list of numbers from 1 to 1000"
 
 _RULES = {

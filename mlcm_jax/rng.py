@@ -3,12 +3,32 @@
 import zlib
 
 import jax
-from jaxtyping import Array, Int, Key
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Key, UInt32
+
+MAX_SEED = 2**64 - 1
 
 
-def stream(seed: int | Int[Array, ""], name: str, step: int | Int[Array, ""]) -> Key[Array, ""]:
+def next_seed(seed: int, by: int = 1) -> int:
+    """The seed that lies ``by`` further on; after the last comes 0."""
+    return (seed + by) % (MAX_SEED + 1)
+
+
+def seed_words(seed: int) -> UInt32[np.ndarray, "2"]:
+    """A seed from 0 to ``MAX_SEED`` as an array, its upper 32 bits first: jax has no 64-bit integers by default."""
+    return np.array(divmod(seed, 2**32), np.uint32)
+
+
+def seed_key(seed: int | UInt32[Array, "2"]) -> Key[Array, ""]:
+    """The key of a seed, of which all 64 bits count; below 2**32 it is jax.random.key's. An array: ``seed_words``."""
+    words = seed_words(seed) if isinstance(seed, int) else seed
+    return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
+
+
+def stream(seed: int | UInt32[Array, "2"], name: str, step: int | Int[Array, ""]) -> Key[Array, ""]:
     """Key of the stream ``name`` ("timesteps", "noise", ...) at ``step``; usable inside jit with a traced step."""
-    return jax.random.fold_in(named(jax.random.key(seed), name), step)
+    return jax.random.fold_in(named(seed_key(seed), name), step)
 
 
 def named(key: Key[Array, ""], name: str) -> Key[Array, ""]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import flax.struct
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 Params = dict[str, Any]
 Latents = Float[Array, "n h w c"]
@@ -35,15 +35,16 @@ class Batch:
     """What a training step takes.
 
     jumps: the teacher's jumps from pure noise to each row's state. num_segments: M of this step. guidance_scale: of
-    the teacher. seed: the run's, so that one compiled program serves all seeds. latents: clean ones, scaled, where
-    states are made of data. judge_tokens: the prompts for the judges of the preference term, by the judge's role.
+    the teacher. seed: the run's (rng.seed_words), so that one compiled program serves all seeds. latents: clean ones,
+    scaled, where states are made of data. judge_tokens: the prompts for the judges of the preference term, by the
+    judge's role.
     """
 
     conditioning: TextConditioning
     jumps: Int[Array, " n"]
     num_segments: Int[Array, ""]
     guidance_scale: Float[Array, " n"]
-    seed: Int[Array, ""]
+    seed: UInt32[Array, "2"]
     latents: Latents | None = None
     judge_tokens: dict[str, Int[Array, "n t"]] = flax.struct.field(default_factory=dict)
 

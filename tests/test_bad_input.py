@@ -49,6 +49,8 @@ SAMPLE = {
     "no text folder": (["--model={model}", "--text={files}/nowhere"], ["{files}/nowhere/text_encoder does not exist"]),
     "latents that are text": (["--model={model}", "--latents={files}/prompts.txt"], ["not a readable .npy"]),
     "an image size": (["--model={model}", "--image_size=31"], ["image_size=31"]),
+    "a seed below 0": (["--model={model}", "--seed=-1"], ["--seed=-1"]),
+    "a seed of more than 64 bits": (["--model={model}", "--seed=18446744073709551616"], ["18446744073709551615"]),
 }
 
 
@@ -82,6 +84,7 @@ TRAIN = {
     "an empty prompt file": (["--config.prompts={files}/empty.txt"], ["empty.txt is empty"]),
     "a prompt file that is not text": (["--config.prompts={files}/latin1.txt"], ["not UTF-8"]),
     "no prompt file": (["--config.sample.prompts={files}/nowhere.txt"], ["nowhere.txt does not exist"]),
+    "a seed of more than 64 bits": (["--config.seed=18446744073709551616"], ["config.seed=18446744073709551616"]),
     "no segments": (["--config.num_segments=0"], ["num_segments=0", "1 to 100"]),
     "no prompts a step": (["--config.batch_size=0"], ["batch_size=0"]),
     "a batch that the mesh cannot share": (["--config.batch_size=6"], ["batch_size=6", "multiple of 4"]),
@@ -148,6 +151,7 @@ ENCODE = {
     "neither pictures nor prompts": ([], ["--images", "--prompts"]),
     "no pictures": (["--images={files}/nowhere"], ["nowhere does not exist"]),
     "no prompts": (["--prompts={files}/empty.txt"], ["empty.txt is empty"]),
+    "a seed below 0": (["--seed=-1"], ["--seed=-1"]),
 }
 
 
@@ -166,6 +170,7 @@ EVALUATE = {
     "too many pictures": (["--num_images=10"], ["--num_images=10 is more than the 9 prompts"]),
     "too few pictures": (["--num_images=3"], ["--num_images=3"]),
     "steps that are no number": (["--steps=1,x"], ["--steps=1,x is no list of whole numbers"]),
+    "a seed below 0": (["--seed=-1"], ["--seed=-1"]),
     "no steps": (["--steps=0"], ["num_steps=0 is not possible"]),
     "no scorer": (["--scorer={files}/nowhere"], ["{files}/nowhere"]),
     "an unknown scorer": (["--scorers=beauty=x"], ["--scorers has the entry 'beauty=x'", "clip"]),

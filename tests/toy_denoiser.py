@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from mlcm_jax.distillation.state import create
 from mlcm_jax.distillation.states import empty_pool
+from mlcm_jax.rng import seed_words
 from mlcm_jax.types import Batch, TextConditioning
 
 LATENT_SHAPE = (4, 4, 2)
@@ -32,7 +33,7 @@ def toy_batch(n, seed, jumps, num_segments, guidance_scale=3.0, run_seed=0):
         jumps=jnp.asarray(jumps, jnp.int32),
         num_segments=jnp.int32(num_segments),
         guidance_scale=jnp.full((n,), guidance_scale, jnp.float32),
-        seed=jnp.int32(run_seed),
+        seed=jnp.asarray(seed_words(run_seed)),
     )
 
 

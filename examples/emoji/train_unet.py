@@ -50,7 +50,7 @@ MINUTES = flags.DEFINE_float("minutes", 7.0, "Time to train for, after compilati
 BATCH_SIZE = flags.DEFINE_integer("batch_size", UNET_PACKED.batch_size, "Examples a step.", lower_bound=1)
 LEARNING_RATE = flags.DEFINE_float("learning_rate", UNET_PACKED.learning_rate, "Its highest value.")
 STEPS_PER_CALL = flags.DEFINE_integer("steps_per_call", UNET_PACKED.steps_per_call, "In one program.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", UNET_PACKED.seed, "Of the weights, the batches and the noise.")
+SEED = flags.DEFINE_integer("seed", UNET_PACKED.seed, "Of the weights, the batches and the noise.", 0, rng.MAX_SEED)
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the arithmetic; weights are float32.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 512, "Samples that are measured; 0: the grid alone.", lower_bound=0)
 SCORERS_FLAG = flags.DEFINE_list(

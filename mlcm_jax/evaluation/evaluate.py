@@ -21,6 +21,7 @@ from mlcm_jax.evaluation.sampling import Artist, Drawn, check_samplers, pixels
 from mlcm_jax.hub.pipeline import Pipeline, load_pipeline
 from mlcm_jax.rewards.clip_features import image_features, load_scorer_once
 from mlcm_jax.rewards.registry import SCORERS, kind_of, parse_places
+from mlcm_jax.rng import next_seed
 from mlcm_jax.sampling.sample import default_guidance_scale
 
 NUM_EXAMPLES = 16  # in the grid
@@ -184,7 +185,7 @@ class Bench:
 
     def _diversity(self, artist: Artist, num_steps: int) -> np.ndarray:
         n, first = diversity_prompts(self._settings), self._settings.seed
-        seeds = range(first, first + self._settings.diversity_seeds)
+        seeds = [next_seed(first, by) for by in range(self._settings.diversity_seeds)]
         batches = self._drawn(artist, num_steps, seeds=seeds, n=n)
         features = np.concatenate([image_features(self._judges.clip, drawn.images) for drawn in batches])
         return diversity(features.reshape(len(seeds), n, -1))

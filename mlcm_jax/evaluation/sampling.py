@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 from mlcm_jax.diffusion.samplers import step_table
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import Pipeline
+from mlcm_jax.rng import seed_key
 from mlcm_jax.sampling.conditioning import encode_prompts, unconditional
 from mlcm_jax.sampling.decode import decode
 from mlcm_jax.sampling.sample import draw_noise, sample_latents
@@ -58,7 +59,7 @@ class Artist:
         All batches have one size, so that a program compiles once; the last one is cut.
         """
         noise = jnp.concatenate([draw_noise(seed, n, latent_shape(self._pipeline)) for seed in seeds])
-        sampler_rng = jax.random.fold_in(jax.random.key(seeds[0]), AFTER_ALL_PICTURES)
+        sampler_rng = jax.random.fold_in(seed_key(seeds[0]), AFTER_ALL_PICTURES)
         self._compile(noise, num_steps, n)
         for batch, start in enumerate(range(0, len(noise), self._size)):
             begin = time.perf_counter()

@@ -14,6 +14,7 @@ from mlcm_jax.diffusion.guidance import guided_predict
 from mlcm_jax.diffusion.samplers import step_table
 from mlcm_jax.hub.pipeline import Network, Pipeline
 from mlcm_jax.models.unet import guidance_embedding
+from mlcm_jax.rng import seed_key
 from mlcm_jax.types import HostLatents, Latents, Params, TextConditioning
 
 DISTILLED = ("TCDScheduler", "LCMScheduler")
@@ -89,7 +90,7 @@ def sample_latents(
 
 def draw_noise(seed: int, n: int, latent_shape: Sequence[int]) -> Latents:
     """The initial noise of pictures 0..n-1; picture i has the same noise whatever n is."""
-    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(n))
+    keys = jax.vmap(partial(jax.random.fold_in, seed_key(seed)))(jnp.arange(n))
     return jax.vmap(lambda key: jax.random.normal(key, tuple(latent_shape)))(keys)
 
 

@@ -15,6 +15,7 @@ from mlcm_jax.data.prompts import TextSource
 from mlcm_jax.data.text_states import TextStates
 from mlcm_jax.hub.pipeline import Pipeline
 from mlcm_jax.parallel.sharding import from_equal_values, from_local_rows
+from mlcm_jax.rng import seed_words
 from mlcm_jax.sampling.conditioning import encode_tokens, time_ids, tokenize_prompts
 from mlcm_jax.training.batch_reader import Fresh, Read, Reader
 from mlcm_jax.training.program import Program, StageProgram
@@ -102,7 +103,7 @@ class Feed:
             jumps=put(read.jumps),
             num_segments=one(np.int32(config.num_segments)),
             guidance_scale=put(read.guidance_scale),
-            seed=one(np.int32(config.seed)),
+            seed=one(seed_words(config.seed)),
             latents=None if read.latents is None else put(read.latents),
             judge_tokens={role: put(tokens) for role, tokens in read.judge_tokens.items()},
         )

@@ -17,6 +17,7 @@ from mlcm_jax.evaluation.real_images import RealPictures
 from mlcm_jax.hub.pipeline import Network
 from mlcm_jax.images import to_float
 from mlcm_jax.models.latent_lpips import LatentLPIPS
+from mlcm_jax.rng import seed_key
 from mlcm_jax.sampling.decode import decode, encode
 from mlcm_jax.types import Latents, Params
 
@@ -98,7 +99,7 @@ def distorted_triplets(
     parts = []
     pictures = decode(vae, jnp.asarray(latents))
     for i in range(repeats):
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), i))
+        keys = jax.random.split(jax.random.fold_in(seed_key(seed), i))
         pair = [np.asarray(distort(jnp.asarray(latents), key)) for key in keys]
         d0, d1 = (distance(pictures, decode(vae, jnp.asarray(p))) for p in pair)
         parts.append(Triplets(latents, pair[0], pair[1], (d1 < d0).astype(np.float32)))
@@ -195,7 +196,7 @@ def train_lpips(
     report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Params:
     """Weights of the network, learnt from judgements by Adam with a cosine schedule; the ranking head is let go."""
-    keys = jax.random.split(jax.random.key(seed))
+    keys = jax.random.split(seed_key(seed))
     z, d = jnp.asarray(triplets.ref[:1]), jnp.zeros(1)
     params: Params = {
         "network": module.init(keys[0], z, z)["params"],

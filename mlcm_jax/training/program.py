@@ -191,12 +191,13 @@ def _batch_shapes(
         return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=latents.sharding)
 
     one: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    seed: Any = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=replicated)
     return Batch(
         conditioning=conditioning,
         jumps=row(jnp.int32),
         num_segments=one,
         guidance_scale=row(jnp.float32),
-        seed=one,
+        seed=seed,
         latents=latents if config.states == "data" else None,
         judge_tokens={role: row(jnp.int32, tokens.shape[1]) for role, tokens in auxiliary.tokenize([""]).items()}
         if config.preference.weight > 0

@@ -24,6 +24,7 @@ from mlcm_jax.distillation.step import Frozen, make_train_step
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import Network, load_network, network_shapes, read_architecture
 from mlcm_jax.models.unet import UNet2DConditionModel
+from mlcm_jax.rng import seed_words
 from mlcm_jax.training.batch_plan import rows_at
 from mlcm_jax.training.program import build_program
 
@@ -138,7 +139,7 @@ def test_a_step_with_all_terms_trains_student_and_rivals(convolutional):
         conditioning=random_like(stage.batch.conditioning, 2, 1.0),
         num_segments=jnp.int32(2),
         guidance_scale=jnp.full(4, 3.0),
-        seed=jnp.int32(0),
+        seed=jnp.asarray(seed_words(0)),
         jumps=jnp.asarray(rows_at((stage.stage,), 0).jumps, jnp.int32),
     )
     before = jax.device_get(state)

@@ -15,6 +15,7 @@ from mlcm_jax import rng
 from mlcm_jax.distillation.segments import draw_timesteps, segment_edges
 from mlcm_jax.distillation.state import create, student_variables
 from mlcm_jax.distillation.step import Frozen, make_train_step
+from mlcm_jax.rng import seed_words
 from mlcm_jax.training.batch_plan import rows_at
 from mlcm_jax.training.optimizer import update_ema
 from mlcm_jax.training.program import build_program
@@ -151,7 +152,7 @@ def test_repeated_steps_lower_the_loss_and_keep_the_average(distance):
 def test_one_program_serves_every_seed():
     optimizer, frozen = optax.sgd(0.1), Frozen(toy_params(2), toy_conditioning(1, 4))
     state, step = toy_state(toy_params(1), optimizer, 4), toy_step(settings(), optimizer)
-    for seed in (0, 7):
+    for seed in (0, 7, 7 + 2**32, rng.MAX_SEED):
         batch = toy_batch(4, 3, [0] * 4, 4, run_seed=seed)
         unconditional = jax.tree.map(lambda a: jnp.repeat(a, 4, axis=0), frozen.unconditional)
         alone = reference_gradient(state.params, frozen.teacher, batch, unconditional, 0, settings(seed=seed))
@@ -180,7 +181,7 @@ def run_steps(architecture, config, num_devices, num_steps):
         conditioning=random_like(stage.batch.conditioning, 2, 1.0),
         num_segments=jax.device_put(np.int32(config.num_segments), stage.batch.num_segments.sharding),
         guidance_scale=jax.device_put(np.full(config.batch_size, 3, np.float32), stage.batch.jumps.sharding),
-        seed=jax.device_put(np.int32(config.seed), stage.batch.seed.sharding),
+        seed=jax.device_put(seed_words(config.seed), stage.batch.seed.sharding),
     )
     teacher = random_like(program.frozen.teacher, 0, 0.1) if config.trainable == "full" else None
     state = program.init_state(teacher)

@@ -40,7 +40,7 @@ def pipeline(sdxl_folder):
 
 def make_program(pipeline, mesh, **values):
     """What a feed asks of a run's program; the steps themselves are not built, as tracing them takes its time."""
-    config = settings(batch_size=16, num_segments=3, num_steps=NUM_STEPS, stages=STAGES, **values)
+    config = settings(batch_size=16, num_segments=3, num_steps=NUM_STEPS, seed=2**63 + 5, stages=STAGES, **values)
     config.mesh.update(mesh)
     devices = make_mesh(config.mesh, jax.devices()[: math.prod(mesh.values())])
     replicated = NamedSharding(devices, PartitionSpec())
@@ -85,6 +85,7 @@ def test_every_row_has_the_conditioning_of_its_prompt(program, pipeline, batches
         rows = rows_at(stages, step)
         expected = [place.row for place in shuffled(rows.prompts, len(PROMPTS), program.config.seed)]
         np.testing.assert_array_equal(batch.jumps, rows.jumps)
+        np.testing.assert_array_equal(batch.seed, [2**31, program.config.seed % 2**32])
         for name in ("hidden_states", "pooled"):
             wanted = np.asarray(getattr(encoded, name))[expected]
             np.testing.assert_allclose(getattr(batch.conditioning, name), wanted, atol=1e-5)
