@@ -14,6 +14,7 @@ from absl import flags
 from PIL import Image
 
 from mlcm_jax.cli import run_main
+from mlcm_jax.data.npy import read_npy
 from mlcm_jax.data.prompts import read_prompts
 from mlcm_jax.diffusion.samplers import SAMPLERS, step_table
 from mlcm_jax.diffusion.scheduler_config import of_class
@@ -76,10 +77,7 @@ def initial_noise(pipeline: Pipeline, num_prompts: int) -> jax.Array:
             raise UserError(f"--image_size={IMAGE_SIZE.value} does not fit this model: use a multiple of {multiple}.")
         side = IMAGE_SIZE.value // downscale or unet["sample_size"]
         return draw_noise(SEED.value, num_prompts, (side, side, channels))
-    try:
-        latents = np.load(LATENTS.value, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--latents={LATENTS.value} is not a readable .npy file of numbers ({error}).") from None
+    latents = read_npy(LATENTS.value)
     if latents.ndim != 4 or latents.shape[1] != channels or latents.dtype != np.float32:
         raise UserError(
             f"--latents={LATENTS.value} holds {latents.dtype} {list(latents.shape)}: it must be float32 "

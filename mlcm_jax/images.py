@@ -1,10 +1,14 @@
-"""Pictures of pictures: uint8 and float images into one another, and rows of them into a grid."""
+"""Images: read from files, uint8 and float into one another, rows of them into a grid."""
+
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
+
+from mlcm_jax.errors import UserError
 
 
 def to_uint8(images: Float[Array, "n H W 3"]) -> UInt8[Array, "n H W 3"]:
@@ -15,6 +19,22 @@ def to_uint8(images: Float[Array, "n H W 3"]) -> UInt8[Array, "n H W 3"]:
 def to_float(images: UInt8[np.ndarray, "n H W 3"]) -> Float[np.ndarray, "n H W 3"]:
     """Images 0..255 to [-1, 1]."""
     return images.astype(np.float32) / 127.5 - 1.0
+
+
+def open_image(path: str | Path, mode: str = "RGB") -> Image.Image:
+    """An image file as people see it: turned as its EXIF orientation says, of 16-bit greys the upper 8 bits.
+
+    mode: Pillow's, of what is returned. Raises UserError for a file that Pillow cannot read, for whatever reason.
+    """
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I"):  # Pillow's own conversion makes all that is above 255 white
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image.convert(mode)
+    except Exception as error:  # what Pillow raises for a damaged file depends on the format and on the damage
+        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        raise UserError(f"{path} cannot be read as an image ({reason}): replace it or take it away.") from None
 
 
 def image_grid(images: UInt8[np.ndarray, "n H W 3"], columns: int, gap: int = 2) -> UInt8[np.ndarray, "H2 W2 3"]:

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import results_tables
 from absl import flags
-from PIL import Image
 
 from configs.emoji_full import GUIDANCE_SCALE, LCM_STEPS_AT_EQUAL_WORK, get_config
 from mlcm_jax.cli import run_main
 from mlcm_jax.errors import UserError
+from mlcm_jax.images import open_image
 from mlcm_jax.training.stages import read_stages
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,7 +166,7 @@ def copy_images(out: Path) -> None:
     """The grids of docs/, in 256 colours to be small."""
     sources = {"emoji": out / "default/samples/final.png", "student": out / "full_eval/grid.png"}
     for name, source in sources.items():
-        Image.open(source).convert("RGB").quantize(256).save(ROOT / "docs" / f"{name}.png", optimize=True)
+        open_image(source).quantize(256).save(ROOT / "docs" / f"{name}.png", optimize=True)
 
 
 def all_parts(out: Path) -> list[Part]:

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from mlcm_jax.data.npy import read_npy
 from mlcm_jax.errors import UserError
+from mlcm_jax.images import open_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -43,24 +45,14 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _array(file: Path) -> np.ndarray:
-    try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is not a readable .npy file of numbers ({error}).") from None
-    if not isinstance(array, np.ndarray) or array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8:
-        found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "several arrays"
-        raise UserError(f"{file} holds {found}: it must be one array, uint8 [n, H, W, 3].")
+    array = read_npy(file, mmap=True)
+    if array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8:
+        raise UserError(f"{file} holds {array.dtype} {list(array.shape)}: it must be one array, uint8 [n, H, W, 3].")
     return array
 
 
 def _opened(one: Path | np.ndarray) -> Image.Image:
-    if not isinstance(one, Path):
-        return Image.fromarray(one)
-    try:
-        with Image.open(one) as picture:
-            return picture.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"{one} cannot be read as a picture ({error}): take it out of the folder.") from None
+    return open_image(one) if isinstance(one, Path) else Image.fromarray(one)
 
 
 def _squared(picture: Image.Image, side: int) -> UInt8[np.ndarray, "side side 3"]:

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Key, UInt8
 
+from mlcm_jax.data.npy import read_npy
 from mlcm_jax.errors import UserError
 from mlcm_jax.evaluation.real_images import RealPictures
 from mlcm_jax.hub.pipeline import Network
@@ -133,10 +134,10 @@ def bapps_triplets(root: str | Path, vae: Network, image_size: int, batch_size: 
 
 
 def _judgement(file: Path) -> float:
-    try:
-        return float(np.load(file, allow_pickle=False).reshape(-1)[0])
-    except (ValueError, IndexError, OSError) as error:
-        raise UserError(f"{file} is no judgement, a number from 0 to 1 ({error}).") from None
+    values = read_npy(file).reshape(-1)
+    if values.size != 1 or values.dtype.kind not in "fiub" or not 0 <= values[0] <= 1:
+        raise UserError(f"{file} is no judgement: it must hold one number from 0 to 1.")
+    return float(values[0])
 
 
 def _encoded(vae: Network, pictures: RealPictures, n: int) -> Iterator[np.ndarray]:

@@ -123,5 +123,5 @@ def test_pictures_of_a_folder(tmp_path):
 
 def test_a_file_that_is_no_picture(tmp_path):
     (tmp_path / "broken.png").write_text("no picture")
-    with pytest.raises(UserError, match=r"broken.png cannot be read as a picture .* take it out of the folder"):
+    with pytest.raises(UserError, match=r"broken.png cannot be read as an image .* replace it or take it away"):
         list(RealPictures(tmp_path, 8).batches(1, 1))

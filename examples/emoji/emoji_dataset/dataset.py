@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from mlcm_jax.errors import UserError
+from mlcm_jax.images import open_image
 
 from .names import is_held_out, read_emojis
 from .sources import SOURCES, names_file
@@ -78,8 +79,7 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
 
 def read_image(path: Path) -> UInt8[np.ndarray, "64 64 3"]:
     """A picture composited on white, padded to a square and resized (Lanczos) to 64 px."""
-    with Image.open(path) as opened:
-        picture = opened.convert("RGBA")
+    picture = open_image(path, "RGBA")
     side = max(picture.size)
     canvas = Image.new("RGBA", (side, side), "white")
     canvas.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
