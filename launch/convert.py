@@ -41,7 +41,8 @@ def main():
     networks = pipeline.networks()
     if single:
         params = {part: network.params for part, network in networks.items()}
-        save_single_file(pipeline.model_index["_class_name"], params, out, dtype=dtype)
+        class_name, scheduler_config = pipeline.model_index["_class_name"], pipeline.scheduler_config
+        save_single_file(class_name, params, out, scheduler_config=scheduler_config, dtype=dtype)
     else:
         save_pipeline(pipeline, out, dtype=dtype)
     print(f"wrote {', '.join(networks)} to {out}")

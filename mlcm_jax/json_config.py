@@ -5,6 +5,8 @@ from typing import Any
 from mlcm_jax.errors import UserError
 
 Table = dict[str, tuple[Any, tuple | None]]
+# diffusers' EMAModel writes them into the config.json of the network that it averages, for going on with a training.
+EMA_KEYS = {"decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"}
 
 
 class ConfigValues(dict):
@@ -38,7 +40,7 @@ def read_config(
     values = ConfigValues(
         {k: _frozen(config.get(k, default)) for k, (default, _) in table.items()}, class_name, file_name
     )
-    unknown = sorted(k for k in config if k not in table and not k.startswith("_"))
+    unknown = sorted(k for k in config if k not in table and k not in EMA_KEYS and not k.startswith("_"))
     if unknown:
         raise UserError(
             f"{values.source} has keys that are not supported: {', '.join(unknown)}; supported are {', '.join(table)}."

@@ -40,6 +40,33 @@ def unchanged(names: Collection[str]) -> dict[str, Place]:
     return {name: Place(name) for name in names}
 
 
+class RenamedReader(TensorReader):
+    """A reader's tensors under other names."""
+
+    def __init__(self, reader: TensorReader, rename: Callable[[str], str]):
+        self.source, self.metadata, self._reader = reader.source, reader.metadata, reader
+        # a name that needs no change goes before another that becomes it
+        self._names = {rename(n): n for n in reader.names()} | {n: n for n in reader.names() if rename(n) == n}
+
+    def names(self) -> list[str]:
+        return list(self._names)
+
+    def spelling(self, name: str) -> str:
+        return self._names.get(name, name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._reader.shape(self._names[name])
+
+    def dtype(self, name: str) -> str:
+        return self._reader.dtype(self._names[name])
+
+    def num_bytes(self, name: str) -> int:
+        return self._reader.num_bytes(self._names[name])
+
+    def read(self, name: str, memory: np.ndarray | None = None) -> np.ndarray:
+        return self._reader.read(self._names[name], memory)
+
+
 class LayoutReader(TensorReader):
     """A reader's tensors under our names; what has no place in the network keeps the name that it has in the file."""
 
@@ -47,6 +74,7 @@ class LayoutReader(TensorReader):
         self.source, self.metadata, self._reader = reader.source, reader.metadata, reader
         in_file = {n for n in reader.names() if n.startswith(layout.prefix)}
         places = {ours: place._replace(name=layout.prefix + place.name) for ours, place in layout.places(names).items()}
+        places = {ours: _as_written(place, in_file) for ours, place in places.items()}
         self._spelling = {ours: place.name for ours, place in places.items()}
         self._places = {ours: place for ours, place in places.items() if place.name in in_file}
         self._places |= {name: Place(name) for name in in_file - set(self._spelling.values())}
@@ -78,6 +106,14 @@ class LayoutReader(TensorReader):
         if place.form == "transposed":
             tensor = tensor.T
         return (tensor if place.third is None else np.split(tensor, 3)[place.third]).reshape(self.shape(name))
+
+
+def _as_written(place: Place, in_file: Collection[str]) -> Place:
+    """The place where the file has it: a plain matrix may be there as a linear layer's weight after all."""
+    linear = f"{place.name}.weight"
+    if place.form == "transposed" and place.name not in in_file and linear in in_file:
+        return Place(linear)
+    return place
 
 
 def lay_out(entries: list[Entry], layout: Layout) -> list[Entry]:

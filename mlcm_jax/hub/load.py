@@ -4,14 +4,16 @@ Everything is checked from the file's header before the first tensor is read. Th
 assembled on the host, cast and placed, so that the host holds little more than the largest of them.
 """
 
+import functools
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -82,24 +84,26 @@ def check_tensors(reader: TensorReader, found: Mapping[str, str], expected: Mapp
             f"{reader.source} does not fit the network, {len(misshapen)} tensors have another shape: "
             f"{listed(misshapen)}."
         )
-    mistyped = [f"{n} is {reader.dtype(n)}" for n in found.values() if reader.dtype(n) not in DTYPES]
+    check_dtypes(reader, found.values())
+
+
+def check_dtypes(reader: TensorReader, file_names: Iterable[str]):
+    """Raise UserError when a tensor is not of a supported float dtype."""
+    mistyped = [f"{n} is {reader.dtype(n)}" for n in file_names if reader.dtype(n) not in DTYPES]
     if mistyped:
         raise UserError(
             f"{reader.source} has tensors of an unsupported dtype: {listed(mistyped)}; use {', '.join(DTYPES)}."
         )
 
 
+def widest_dtype(reader: TensorReader, file_names: Iterable[str]) -> np.dtype:
+    """The smallest dtype that holds the values of all these tensors: one array may be several tensors in a file."""
+    return np.dtype(functools.reduce(jnp.promote_types, (DTYPES[reader.dtype(n)] for n in file_names)))
+
+
 def read_array(reader: TensorReader, path: names.Path, file_names: list[str], dtype: Any = None) -> np.ndarray:
     """Assemble the Flax array at ``path`` on the host from the tensors of these names."""
-    if dtype is None:
-        dtypes = {reader.dtype(n) for n in file_names}
-        if len(dtypes) > 1:
-            raise UserError(
-                f"{reader.source} holds the layers of {'/'.join(path)} in several dtypes "
-                f"({', '.join(sorted(dtypes))}): name one dtype to load it with."
-            )
-        dtype = DTYPES[dtypes.pop()]
-
+    dtype = dtype or widest_dtype(reader, file_names)
     memory = np.empty(max(map(reader.num_bytes, file_names)), np.uint8)
     layers = (read_layer(reader, path, name, memory) for name in file_names)
     first = next(layers)

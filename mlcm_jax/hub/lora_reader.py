@@ -11,9 +11,9 @@ from flax import traverse_util
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub import adapter_config, names
 from mlcm_jax.hub.adapter_config import AdapterConfig
-from mlcm_jax.hub.load import check_tensors, place, read_layer
+from mlcm_jax.hub.load import check_dtypes, check_tensors, place, read_layer, widest_dtype
 from mlcm_jax.hub.lora_names import FILE_NAMES, PEFT_PREFIX, Spelling, spellings
-from mlcm_jax.hub.tensor_reader import DTYPES, TensorReader, listed, open_weights
+from mlcm_jax.hub.tensor_reader import TensorReader, listed, open_weights
 from mlcm_jax.types import Params
 
 
@@ -149,9 +149,9 @@ def _read_module(reader, kernel_path, kernel_shape, layers, settings, dtype) -> 
     out = {}
     for factor, shape in shapes.items():
         axis = -1 if factor == "down" else -2
-        dtypes = {reader.dtype(getattr(s, factor)) for s in layers if s}
-        target = np.dtype(dtype or DTYPES.get(sorted(dtypes)[0], "float32"))
-        array = np.zeros((len(layers), *shape), target)
+        in_layers = [getattr(s, factor) for s in layers if s]
+        check_dtypes(reader, in_layers)
+        array = np.zeros((len(layers), *shape), dtype or widest_dtype(reader, in_layers))
         for i, (spelling, scale) in enumerate(zip(layers, scales, strict=True)):
             if spelling:
                 own = list(shape)

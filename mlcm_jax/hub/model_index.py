@@ -7,6 +7,7 @@ from mlcm_jax.diffusion.scheduler_config import of_class
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.fetch import Source
 from mlcm_jax.hub.network import check_class
+from mlcm_jax.hub.single_file import marked_settings
 from mlcm_jax.hub.tensor_reader import read_json
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # of which a pipeline may have the first alone
@@ -44,7 +45,13 @@ def read_model_index(folder: Path, *, with_tokenizers: bool = True) -> dict[str,
 
 
 def read_scheduler_config(source: Source, model_index: dict[str, Any]) -> dict[str, Any]:
-    """The sampler's settings, for the class that model_index.json names; those beside a single file name their own."""
+    """The sampler's settings, for the class that model_index.json names; those beside a single file name their own.
+
+    A single file that has none beside it says with its markers what the settings of its architecture do not know.
+    """
     config = read_json(source.scheduler_config)
-    beside = source.checkpoint is not None and source.scheduler_config.parent == source.checkpoint.parent
-    return config if beside else of_class(config, model_index["scheduler"][1])
+    if source.checkpoint is None:
+        return of_class(config, model_index["scheduler"][1])
+    if source.scheduler_config.parent == source.checkpoint.parent:
+        return config
+    return of_class(config, model_index["scheduler"][1]) | marked_settings(source.checkpoint)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from mlcm_jax.errors import UserError
 from mlcm_jax.hub.layout import Layout
 from mlcm_jax.hub.load import load_params
 from mlcm_jax.hub.single_file import IGNORED
-from mlcm_jax.hub.tensor_reader import find_weights, read_json
+from mlcm_jax.hub.tensor_reader import TensorReader, find_weights, read_json
 from mlcm_jax.types import Params, TextConditioning
 
 # (component name, tree of ShapeDtypeStructs) -> one sharding or a tree of them, as load_params takes it
@@ -92,10 +93,18 @@ NETWORKS = {
 }
 
 
-class Weights(NamedTuple):
-    """A folder, a file or the index of its shards, and how it keeps the tensors (None: as diffusers does)."""
+# What whole CLIP models have beside a text tower, and transformers leaves out where it reads that alone.
+_OF_CLIP = (re.compile(r"^visual_projection\."), re.compile(r"^vision_model\."), re.compile(r"^logit_scale$"))
+UNUSED = {
+    "CLIPTextModel": (*_OF_CLIP, re.compile(r"^text_projection\.")),
+    "CLIPTextModelWithProjection": _OF_CLIP,
+}
 
-    place: Path
+
+class Weights(NamedTuple):
+    """A file, the index of its shards or its tensors, and how it keeps them (None: as diffusers does)."""
+
+    place: Path | TensorReader
     layout: Layout | None = None
 
 
@@ -149,7 +158,7 @@ def load_network(
         network, param_dtype = describe_network(Path(folder), class_name, jnp.float32), None
     placed = None if shardings is None else shardings(Path(folder).name, network.params)
     source, layout = weights or Weights(find_weights(Path(folder), library=NETWORKS[class_name].library))
-    ignored = IGNORED if layout else ()
+    ignored = IGNORED if layout else UNUSED.get(class_name, ())
     params = load_params(network.params, source, dtype=param_dtype, shardings=placed, ignored=ignored, layout=layout)
     return dataclasses.replace(network, params=params)
 

@@ -19,7 +19,7 @@ from mlcm_jax.hub.network import NETWORKS, Network, ShardingRule, Weights, descr
 from mlcm_jax.hub.network import network_shapes as network_shapes
 from mlcm_jax.hub.network import parameter_shapes as parameter_shapes
 from mlcm_jax.hub.save import copy_folder, is_remote, save_params, write_json
-from mlcm_jax.hub.single_file import LAYOUTS
+from mlcm_jax.hub.single_file import LAYOUTS, open_single_file
 from mlcm_jax.hub.tensor_reader import find_weights, has_variant
 from mlcm_jax.models.attention_backend import AttentionBackend
 from mlcm_jax.types import TextConditioning
@@ -188,7 +188,7 @@ def load_part(source: Source, part: str, model_index: Mapping[str, Any], **setti
         of_variant = source.variant if source.variant and has_variant(folder, source.variant) else None
         weights = Weights(find_weights(folder, of_variant, NETWORKS[model_index[part][1]].library))
     else:
-        weights = Weights(source.checkpoint, LAYOUTS[model_index["_class_name"]][part])
+        weights = Weights(open_single_file(source.checkpoint), LAYOUTS[model_index["_class_name"]][part])
     return load_network(folder, model_index[part][1], weights=weights, **settings)
 
 

@@ -102,7 +102,8 @@ def export(
     if format == "single_file":
         params = {part: network.params for part, network in pipeline.networks().items()}
         params["unet"] = student_unet(pipeline.unet, trained, config).params
-        save_single_file(pipeline.model_index["_class_name"], params, folder / SINGLE_FILE, dtype=dtype)
+        class_name = pipeline.model_index["_class_name"]
+        save_single_file(class_name, params, folder / SINGLE_FILE, scheduler_config=scheduler_config, dtype=dtype)
         write_json(scheduler_config, folder / SCHEDULER_NAME)
         return
     if config.trainable != "lora":

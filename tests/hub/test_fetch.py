@@ -100,7 +100,7 @@ def hub(monkeypatch, tmp_path):
 def test_a_single_file_of_the_hub(hub, sd15_folder, tmp_path):
     pipeline = load_pipeline(sd15_folder)
     params = {part: network.params for part, network in pipeline.networks().items()}
-    save_single_file("StableDiffusionPipeline", params, tmp_path / "x.safetensors")
+    save_single_file("StableDiffusionPipeline", params, tmp_path / "x.safetensors", scheduler_config={})
     asked = hub({"x.safetensors": tmp_path / "x.safetensors"})
     read = load_pipeline("owner/name/x.safetensors", architecture=sd15_folder, revision="v1")
     assert asked == [("owner/name", "v1")]

@@ -277,6 +277,10 @@ def test_stacked_layers(tmp_path):
     assert_same_files(tmp_path / "model.safetensors", out)
     mixed = {f"encoder.layers.{i}.fc1.weight": t.half() if i else t for i, t in enumerate(layers)}
     save_file(mixed, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"several dtypes \(F16, F32\): name one"):
-        load_params(shapes, tmp_path)
-    assert load_params(shapes, tmp_path, dtype=jnp.float32)["encoder"]["layers"]["fc1"]["kernel"].dtype == jnp.float32
+    kernel = load_params(shapes, tmp_path)["encoder"]["layers"]["fc1"]["kernel"]
+    assert kernel.dtype == jnp.float32, "the smallest dtype that holds all of its layers"
+    np.testing.assert_array_equal(kernel, np.stack([t.float().numpy().T for t in mixed.values()]))
+    half = {f"encoder.layers.{i}.fc1.weight": t.half() if i else t.bfloat16() for i, t in enumerate(layers)}
+    save_file(half, tmp_path / "model.safetensors")
+    kernel = load_params(shapes, tmp_path)["encoder"]["layers"]["fc1"]["kernel"]
+    np.testing.assert_array_equal(kernel, np.stack([t.float().numpy().T for t in half.values()]))

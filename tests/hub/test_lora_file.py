@@ -169,6 +169,66 @@ def test_kohya(sdxl_folder, tree, shapes, tmp_path):
     np.testing.assert_allclose(halved, 0.5 * tree["mid_block"]["resnets_0"]["conv1"]["up"])
 
 
+ALPHAS = {
+    "one number in a list": lambda a: torch.tensor([a]),
+    "half precision": lambda a: torch.tensor(a).half(),
+    "brain float": lambda a: torch.tensor([[a]]).bfloat16(),
+    "doubles": lambda a: torch.tensor(a, dtype=torch.float64),
+    "whole": lambda a: torch.tensor(a).long(),
+    "small": lambda a: torch.tensor([a]).to(torch.uint8),
+}
+
+
+@pytest.mark.parametrize("case", ALPHAS)
+def test_alphas_of_any_shape_and_dtype(tree, shapes, tmp_path, case):
+    """As LyCORIS and sd-scripts write them; diffusers takes them with ``item()``."""
+    file = save_lora(tree, tmp_path, naming="kohya", unet_shapes=shapes)
+    tensors = load_file(file)
+    save_file({k: ALPHAS[case](2.0) if k.endswith(".alpha") else t for k, t in tensors.items()}, file)
+    half = load_lora(file, shapes)["mid_block"]["resnets_0"]["conv1"]["up"]
+    np.testing.assert_allclose(half, 2 / RANK * tree["mid_block"]["resnets_0"]["conv1"]["up"])
+
+
+SPOILT_ALPHAS = {
+    "two numbers": (torch.ones(2), r"of shape \[2\] and dtype F32: it must be one number"),
+    "none": (torch.ones(0), "it must be one number"),
+    "a truth": (torch.tensor(True), "dtype BOOL: it must be one number"),
+    "NaN": (torch.tensor(float("nan")), "alpha=nan, no finite number"),
+    "infinity": (torch.tensor(float("inf"), dtype=torch.float64), "alpha=inf, no finite number"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT_ALPHAS)
+def test_spoilt_alphas(tree, shapes, tmp_path, case):
+    value, message = SPOILT_ALPHAS[case]
+    file = save_lora(tree, tmp_path, naming="kohya", unet_shapes=shapes)
+    tensors = load_file(file)
+    save_file({k: value.clone() if k.endswith(".alpha") else t for k, t in tensors.items()}, file)
+    with pytest.raises(UserError, match=message):
+        load_lora(file, shapes)
+
+
+def test_linear_layers_and_pointwise_convolutions_are_alike(tree, shapes, tmp_path):
+    """sd-scripts writes 1 x 1 convolutions for layers that SD 1.5 has as such, and SDXL as linear ones."""
+    file = save_lora(tree, tmp_path, naming="kohya", unet_shapes=shapes)
+    tensors = load_file(file)
+    linear = {k: t[..., None, None].clone() for k, t in tensors.items() if t.ndim == 2}
+    pointwise = {k: t[..., 0, 0].clone() for k, t in tensors.items() if t.shape[2:] == (1, 1)}
+    assert all(any(".lora_down" in k for k in group) for group in (linear, pointwise))
+    save_file(tensors | linear | pointwise, file)
+    jax.tree.map(np.testing.assert_array_equal, load_lora(file, shapes), tree)
+
+
+def test_factors_of_several_dtypes(tree, shapes, tmp_path):
+    file = save_lora(tree, tmp_path)
+    mixed = {k: t.half() if "transformer_blocks.0." in k else t for k, t in load_file(file).items()}
+    save_file(mixed, file)
+    got = load_lora(file, shapes)["mid_block"]["attentions_0"]["transformer_blocks"]["attn1"]["to_q"]["down"]
+    assert got.dtype == jnp.float32
+    name = "unet.mid_block.attentions.0.transformer_blocks.{}.attn1.to_q.lora_A.weight"
+    np.testing.assert_array_equal(got, np.stack([mixed[name.format(i)].float().numpy().T for i in range(2)]))
+
+
 def test_layers_may_differ_in_rank_or_lack(tree, shapes, tmp_path):
     file = save_lora(tree, tmp_path)
     tensors = load_file(file)

@@ -30,6 +30,7 @@ SDXL, SD15 = "StableDiffusionXLPipeline", "StableDiffusionPipeline"
 
 def write(pipeline, file, **options):
     params = {part: network.params for part, network in pipeline.networks().items()}
+    options = {"scheduler_config": pipeline.scheduler_config} | options
     save_single_file(pipeline.model_index["_class_name"], params, file, **options)
     return file
 
@@ -99,7 +100,7 @@ def test_a_file_without_its_tokenizers(sdxl_file):
 
 
 SPOILT = {
-    "a tensor of nothing": (lambda t: t.update({"v_pred": torch.ones(1)}), "besides the model's: v_pred"),
+    "a tensor of nothing": (lambda t: t.update({"edm_vpred": torch.ones(1)}), "besides the model's: edm_vpred"),
     "a tensor too many": (
         lambda t: t.update({"model.diffusion_model.out.3.weight": torch.ones(1)}),
         "does not have: model.diffusion_model.out.3.weight",
