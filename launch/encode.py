@@ -82,7 +82,7 @@ def drawn(
 def write_latents(images: str | None, prompts: str | None) -> str:
     """The file of latents; returns what it holds, in words."""
     pipeline = load_model()
-    side, channels = pipeline.unet.config["sample_size"], pipeline.unet.config.get("in_channels", 4)
+    side, channels = pipeline.latent_side, pipeline.unet.config.get("in_channels", 4)
     image_size = side * pipeline.downscale
     if prompts is None:
         batches = encoded(pipeline, str(images), image_size)

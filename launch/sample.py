@@ -75,8 +75,9 @@ def initial_noise(pipeline: Pipeline, num_prompts: int) -> jax.Array:
         multiple = downscale * 2 ** (len(unet["block_out_channels"]) - 1)
         if IMAGE_SIZE.value < 0 or IMAGE_SIZE.value % multiple:
             raise UserError(f"--image_size={IMAGE_SIZE.value} does not fit this model: use a multiple of {multiple}.")
-        side = IMAGE_SIZE.value // downscale or unet["sample_size"]
-        return draw_noise(SEED.value, num_prompts, (side, side, channels))
+        side = IMAGE_SIZE.value // downscale
+        size = (side, side) if side else pipeline.latent_size
+        return draw_noise(SEED.value, num_prompts, (*size, channels))
     latents = read_npy(LATENTS.value)
     if latents.ndim != 4 or latents.shape[1] != channels or latents.dtype != np.float32:
         raise UserError(

@@ -1,4 +1,8 @@
-"""The one exception for mistakes that a user can make and mend."""
+"""The one exception for mistakes that a user can make and mend, and what its messages are made with."""
+
+from collections.abc import Iterable
+
+NUM_LISTED, LENGTH_LISTED = 5, 140
 
 
 class UserError(ValueError):
@@ -6,3 +10,13 @@ class UserError(ValueError):
 
     The programs in launch/ print the message alone, without a traceback, and exit with status 2.
     """
+
+
+def listed(items: Iterable[str], separator: str = ", ") -> str:
+    """The first few of many names, no more than a line, and the number of the others, for messages."""
+    items = sorted(items)
+    count = min(len(items), NUM_LISTED)
+    while count > 1 and len(separator.join(items[:count])) > LENGTH_LISTED:
+        count -= 1
+    rest = f" and {len(items) - count} more" if len(items) > count else ""
+    return separator.join(items[:count]) + rest

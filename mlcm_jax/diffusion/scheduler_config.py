@@ -3,29 +3,35 @@
 from typing import Any
 
 from mlcm_jax.errors import UserError
-from mlcm_jax.json_config import ConfigValues, Table, read_config
+from mlcm_jax.json_config import COUNT, FRACTION, POSITIVE, SIZE, ConfigValues, Kind, Table, is_number, read_config
 
 NUM_TRAIN_TIMESTEPS = 1000
 
+BETAS = Kind(
+    f"null or a list of {NUM_TRAIN_TIMESTEPS} numbers from 0 to 1",
+    lambda v: v is None or (isinstance(v, tuple) and len(v) == NUM_TRAIN_TIMESTEPS and all(map(FRACTION.holds, v))),
+)
+LOWEST = Kind("a number, or -Infinity for none", lambda v: is_number(v) or v == -float("inf"))
+
 NOISE: Table = {
     "num_train_timesteps": (NUM_TRAIN_TIMESTEPS, (NUM_TRAIN_TIMESTEPS,)),
-    "beta_start": (0.0001, None),
-    "beta_end": (0.02, None),
+    "beta_start": (0.0001, FRACTION),
+    "beta_end": (0.02, FRACTION),
     "beta_schedule": ("linear", ("linear", "scaled_linear", "squaredcos_cap_v2")),
-    "trained_betas": (None, None),
+    "trained_betas": (None, BETAS),
     "rescale_betas_zero_snr": (False, (False, True)),
     "prediction_type": ("epsilon", ("epsilon", "v_prediction", "sample")),
 }
 LATENT_NOISE: Table = {
     **NOISE,
-    "beta_start": (0.00085, None),
-    "beta_end": (0.012, None),
+    "beta_start": (0.00085, FRACTION),
+    "beta_end": (0.012, FRACTION),
     "beta_schedule": ("scaled_linear", NOISE["beta_schedule"][1]),
 }
 CLIP: Table = {
     "thresholding": (False, (False,)),
     "clip_sample": (False, (False, True)),
-    "clip_sample_range": (1.0, None),
+    "clip_sample_range": (1.0, POSITIVE),
 }
 SPACINGS = ("leading", "trailing", "linspace")
 # absent, null and false all mean the plain spacing of the noise levels
@@ -40,7 +46,7 @@ SCHEDULERS: dict[str, Table] = {
         **CLIP,
         "clip_sample": (True, (False, True)),
         "set_alpha_to_one": (True, (False, True)),
-        "steps_offset": (0, None),
+        "steps_offset": (0, COUNT),
         "timestep_spacing": ("leading", SPACINGS),
     },
     "PNDMScheduler": {
@@ -48,7 +54,7 @@ SCHEDULERS: dict[str, Table] = {
         "prediction_type": ("epsilon", ("epsilon",)),
         "skip_prk_steps": (False, (True,)),
         "set_alpha_to_one": (False, (False, True)),
-        "steps_offset": (0, None),
+        "steps_offset": (0, COUNT),
         "timestep_spacing": ("leading", SPACINGS),
     },
     "EulerDiscreteScheduler": {
@@ -57,11 +63,16 @@ SCHEDULERS: dict[str, Table] = {
         "interpolation_type": ("linear", ("linear",)),
         "timestep_type": ("discrete", ("discrete",)),
         "final_sigmas_type": ("zero", ("zero", "sigma_min")),
-        "steps_offset": (0, None),
+        "steps_offset": (0, COUNT),
         "timestep_spacing": ("linspace", SPACINGS),
     },
-    "TCDScheduler": {**LATENT_NOISE, "original_inference_steps": (50, None)},
-    "LCMScheduler": {**LATENT_NOISE, **CLIP, "original_inference_steps": (50, None), "timestep_scaling": (10.0, None)},
+    "TCDScheduler": {**LATENT_NOISE, "original_inference_steps": (50, SIZE)},
+    "LCMScheduler": {
+        **LATENT_NOISE,
+        **CLIP,
+        "original_inference_steps": (50, SIZE),
+        "timestep_scaling": (10.0, POSITIVE),
+    },
     "DPMSolverMultistepScheduler": {
         **NOISE,
         **PLAIN_SIGMAS,
@@ -75,9 +86,9 @@ SCHEDULERS: dict[str, Table] = {
         "use_flow_sigmas": (False, (False, None)),
         "use_dynamic_shifting": (False, (False, None)),
         "final_sigmas_type": ("zero", ("zero", "sigma_min")),
-        "lambda_min_clipped": (-float("inf"), None),
+        "lambda_min_clipped": (-float("inf"), LOWEST),
         "variance_type": (None, (None,)),
-        "steps_offset": (0, None),
+        "steps_offset": (0, COUNT),
         "timestep_spacing": ("linspace", SPACINGS),
     },
 }

@@ -23,8 +23,8 @@ AFTER_ALL_PICTURES = 2**32 - 1  # folded into the seed where draw_noise folds in
 
 def latent_shape(pipeline: Pipeline) -> tuple[int, int, int]:
     """Height, width and channels of the latents that the model was trained on."""
-    unet = pipeline.unet.config
-    return unet["sample_size"], unet["sample_size"], unet.get("in_channels", 4)
+    side = pipeline.latent_side
+    return side, side, pipeline.unet.config.get("in_channels", 4)
 
 
 def pixels(pipeline: Pipeline) -> int:

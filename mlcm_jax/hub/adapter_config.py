@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mlcm_jax.errors import UserError
+from mlcm_jax.errors import UserError, listed
 from mlcm_jax.hub.lora_names import ADAPTER_CONFIG
-from mlcm_jax.hub.tensor_reader import TensorReader, listed, read_json
+from mlcm_jax.hub.tensor_reader import TensorReader, read_json
 
 METADATA_KEY = "lora_adapter_metadata"  # of the safetensors header, read by diffusers from 0.34 on
 DEFAULT_ALPHA = 8  # PEFT's

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from mlcm_jax.errors import UserError
+from mlcm_jax.errors import UserError, listed
 from mlcm_jax.hub import names
 from mlcm_jax.hub.host_copy import copy_into, empty_aligned
 from mlcm_jax.hub.layout import Layout, LayoutReader
-from mlcm_jax.hub.tensor_reader import DTYPES, TensorReader, listed, open_weights
+from mlcm_jax.hub.tensor_reader import DTYPES, TensorReader, open_weights
 from mlcm_jax.hub.tensor_reader import find_weights as find_weights
 from mlcm_jax.hub.tensor_reader import read_json as read_json
 from mlcm_jax.types import Params

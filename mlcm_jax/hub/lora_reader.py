@@ -8,12 +8,12 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from mlcm_jax.errors import UserError
+from mlcm_jax.errors import UserError, listed
 from mlcm_jax.hub import adapter_config, names
 from mlcm_jax.hub.adapter_config import AdapterConfig
 from mlcm_jax.hub.load import check_dtypes, check_tensors, place, read_layer, widest_dtype
 from mlcm_jax.hub.lora_names import FILE_NAMES, PEFT_PREFIX, Spelling, spellings
-from mlcm_jax.hub.tensor_reader import TensorReader, listed, open_weights
+from mlcm_jax.hub.tensor_reader import TensorReader, open_weights
 from mlcm_jax.types import Params
 
 

@@ -61,6 +61,29 @@ class Pipeline:
         module: Any = self.vae.module
         return module.downscale
 
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents that the UNet was trained on; raises UserError where its config.json has no
+        sample_size."""
+        size = self.unet.config.get("sample_size")
+        if size is None:
+            raise UserError(
+                f"{self.folder}/unet/config.json has no sample_size, so the size of the images is not known: name it "
+                "with image_size."
+            )
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    @property
+    def latent_side(self) -> int:
+        """The side of its latents; raises UserError where they are not square."""
+        height, width = self.latent_size
+        if height != width:
+            raise UserError(
+                f"{self.folder}/unet/config.json has sample_size={[height, width]}, and this program takes square "
+                "images alone: name their side with image_size."
+            )
+        return height
+
     def networks(self) -> dict[str, Network]:
         """Networks by the name of their folder."""
         networks = (self.unet, self.vae, *self.text_encoders)

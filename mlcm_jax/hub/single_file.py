@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mlcm_jax.errors import UserError
+from mlcm_jax.errors import UserError, listed
 from mlcm_jax.hub import ldm, open_clip
 from mlcm_jax.hub.layout import Layout, RenamedReader, lay_out, unchanged
 from mlcm_jax.hub.save import Entry, param_entries, write_safetensors
-from mlcm_jax.hub.tensor_reader import TensorReader, listed
+from mlcm_jax.hub.tensor_reader import TensorReader
 from mlcm_jax.types import Params
 
 _UNET = Layout(ldm.unet_places, "model.diffusion_model.")

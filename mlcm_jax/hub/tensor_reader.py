@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
 
-from mlcm_jax.errors import UserError
+from mlcm_jax.errors import UserError, listed
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 NUMBERS = {
@@ -34,8 +33,6 @@ VARIANT_INDEX = (
 )
 PICKLES = ("*.bin", "*.bin.index.json", "*.ckpt", "*.pt", "*.pth")
 
-NUM_LISTED, LENGTH_LISTED = 5, 140
-
 
 def read_json(path: Path | epath.Path) -> dict[str, Any]:
     """Return the JSON object in a file; raises UserError when it is absent or is not a JSON object."""
@@ -48,16 +45,6 @@ def read_json(path: Path | epath.Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object.")
     return value
-
-
-def listed(items: Iterable[str]) -> str:
-    """The first few of many names, no more than a line, and the number of the others, for messages."""
-    items = sorted(items)
-    count = min(len(items), NUM_LISTED)
-    while count > 1 and len(", ".join(items[:count])) > LENGTH_LISTED:
-        count -= 1
-    rest = f" and {len(items) - count} more" if len(items) > count else ""
-    return ", ".join(items[:count]) + rest
 
 
 def _header(file: Path) -> tuple[int, dict[str, Any]]:

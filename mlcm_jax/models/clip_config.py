@@ -5,9 +5,18 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from mlcm_jax.errors import UserError
-from mlcm_jax.json_config import Table, read_config
-
-_ANY = None
+from mlcm_jax.json_config import (
+    COUNT,
+    LAYERS,
+    MAPPING,
+    NOT_NEGATIVE,
+    NUMBER,
+    SIZE,
+    UNREAD,
+    Table,
+    or_null,
+    read_config,
+)
 
 # What transformers writes into every config.json for generation, classification and training. The networks read none
 # of it, except where a value other than the one listed would change them.
@@ -32,7 +41,7 @@ _COMMON: Table = {
             *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "remove_invalid_values"),
             *("attention_dropout", "dropout", "initializer_factor", "initializer_range", "gradient_checkpointing"),
         ),
-        (None, _ANY),
+        (None, UNREAD),
     ),
     "add_cross_attention": (False, (False,)),
     "chunk_size_feed_forward": (0, (0,)),
@@ -44,36 +53,36 @@ _COMMON: Table = {
 _TOWER: Table = {
     **_COMMON,
     "hidden_act": ("quick_gelu", ("quick_gelu", "gelu")),
-    "layer_norm_eps": (1e-5, _ANY),
-    "num_hidden_layers": (12, _ANY),
-    "projection_dim": (512, _ANY),
+    "layer_norm_eps": (1e-5, NOT_NEGATIVE),
+    "num_hidden_layers": (12, LAYERS),
+    "projection_dim": (512, SIZE),
 }
 TEXT_KEYS: Table = {
     **_TOWER,
-    "hidden_size": (512, _ANY),
-    "intermediate_size": (2048, _ANY),
-    "num_attention_heads": (8, _ANY),
-    "vocab_size": (49408, _ANY),
-    "max_position_embeddings": (77, _ANY),
-    "eos_token_id": (49407, _ANY),
+    "hidden_size": (512, SIZE),
+    "intermediate_size": (2048, SIZE),
+    "num_attention_heads": (8, SIZE),
+    "vocab_size": (49408, SIZE),
+    "max_position_embeddings": (77, SIZE),
+    "eos_token_id": (49407, COUNT),
 }
 VISION_KEYS: Table = {
     **_TOWER,
-    "hidden_size": (768, _ANY),
-    "intermediate_size": (3072, _ANY),
-    "num_attention_heads": (12, _ANY),
-    "image_size": (224, _ANY),
-    "patch_size": (32, _ANY),
+    "hidden_size": (768, SIZE),
+    "intermediate_size": (3072, SIZE),
+    "num_attention_heads": (12, SIZE),
+    "image_size": (224, SIZE),
+    "patch_size": (32, SIZE),
     "num_channels": (3, (3,)),
 }
 CLIP_KEYS: Table = {
     **_COMMON,
-    "text_config": (None, _ANY),
-    "vision_config": (None, _ANY),
-    "text_config_dict": (None, _ANY),
-    "vision_config_dict": (None, _ANY),
-    "projection_dim": (512, _ANY),
-    "logit_scale_init_value": (2.6592, _ANY),
+    "text_config": (None, or_null(MAPPING)),
+    "vision_config": (None, or_null(MAPPING)),
+    "text_config_dict": (None, or_null(MAPPING)),
+    "vision_config_dict": (None, or_null(MAPPING)),
+    "projection_dim": (512, SIZE),
+    "logit_scale_init_value": (2.6592, NUMBER),
 }
 TEXT_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 
@@ -96,10 +105,6 @@ class TowerConfig:
     def read(cls, config: Mapping[str, Any], class_name: str) -> Self:
         """Check one tower's settings; raises UserError for a key or a value that is not supported."""
         values = read_config(dict(config), cls.KEYS, class_name)
-        # transformers takes lists for some of these keys
-        for key in (key for key, (default, _) in cls.KEYS.items() if isinstance(default, int)):
-            if not isinstance(values[key], int):
-                raise UserError(f"{values.source} has {key}={values[key]!r}, which is not a whole number.")
         if values["hidden_size"] % values["num_attention_heads"]:
             raise UserError(
                 f"{values.source} has hidden_size={values['hidden_size']}, which "
@@ -131,7 +136,8 @@ class VisionTowerConfig(TowerConfig):
 
 def text_class(config: Mapping[str, Any]) -> str:
     """The torch class that a text tower's config.json names; raises UserError when it is not a text tower alone."""
-    name = (config.get("architectures") or ["CLIPTextModel"])[0]
+    names = config.get("architectures") or ["CLIPTextModel"]
+    name = names[0] if isinstance(names, list) else names
     if name not in TEXT_CLASSES:
         raise UserError(f"config.json is a {name}'s, not a text encoder's: use {' or '.join(TEXT_CLASSES)}.")
     return name

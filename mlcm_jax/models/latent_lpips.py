@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mlcm_jax.json_config import Table, read_config
+from mlcm_jax.json_config import LAYERS, MOST_LAYERS, SIZE, SIZES, Table, read_config, sizes
 from mlcm_jax.models.layers import Conv
 from mlcm_jax.types import Latents
 
+LAYERS_OF_BLOCKS = sizes(f"whole numbers from 1 to {MOST_LAYERS}", each=LAYERS.holds)
 KEYS: Table = {
-    "latent_channels": (4, None),
-    "block_out_channels": ((64, 128, 256, 512, 512), None),
-    "layers_per_block": ((2, 2, 3, 3, 3), None),
+    "latent_channels": (4, SIZE),
+    "block_out_channels": ((64, 128, 256, 512, 512), SIZES),
+    "layers_per_block": ((2, 2, 3, 3, 3), LAYERS_OF_BLOCKS),
 }
 POOLED = 3  # number of the block, from 0, after which height and width are halved
 EPS = 1e-10
@@ -51,7 +52,10 @@ class LatentLPIPS(nn.Module):
     @classmethod
     def from_config(cls, config: dict[str, Any], dtype=jnp.float32) -> "LatentLPIPS":
         """Build from config.json; raises UserError for a key that is not supported."""
-        return cls(LatentLPIPSConfig(**read_config(config, KEYS, "LatentLPIPS")), dtype)
+        values = read_config(config, KEYS, "LatentLPIPS")
+        count = len(values["block_out_channels"])
+        values.check("layers_per_block", len(values["layers_per_block"]) == count, f"one for each of {count} blocks")
+        return cls(LatentLPIPSConfig(**values), dtype)
 
     @nn.compact
     def __call__(self, a: Latents, b: Latents) -> Float[Array, " n"]:

@@ -9,26 +9,38 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mlcm_jax.errors import UserError
-from mlcm_jax.json_config import ConfigValues, Table, read_config
+from mlcm_jax.json_config import (
+    COUNT,
+    MOST_LAYERS,
+    POSITIVE,
+    SIZE,
+    SIZES,
+    UNREAD,
+    ConfigValues,
+    Table,
+    read_config,
+    sizes,
+)
 from mlcm_jax.models.layers import ACTIVATIONS, Conv, upsample_nearest
 
-# key: (diffusers' default, supported values or None for any)
+BLOCKS = sizes("whole numbers, 0 or more", each=lambda v: COUNT.holds(v) and v <= MOST_LAYERS)
+# key: (diffusers' default, supported values or their kind)
 CONFIG_KEYS: Table = {
     "in_channels": (3, (3,)),
     "out_channels": (3, (3,)),
-    "encoder_block_out_channels": ((64,) * 4, None),
-    "decoder_block_out_channels": ((64,) * 4, None),
-    "block_out_channels": (None, None),  # diffusers repeats the decoder's
+    "encoder_block_out_channels": ((64,) * 4, SIZES),
+    "decoder_block_out_channels": ((64,) * 4, SIZES),
+    "block_out_channels": (None, UNREAD),  # diffusers repeats the decoder's
     "act_fn": ("relu", ("relu", "silu", "swish", "gelu")),
     "upsample_fn": ("nearest", ("nearest",)),
-    "latent_channels": (4, None),
+    "latent_channels": (4, SIZE),
     "upsampling_scaling_factor": (2, (2,)),
-    "num_encoder_blocks": ((1, 3, 3, 3), None),
-    "num_decoder_blocks": ((3, 3, 3, 1), None),
-    "latent_magnitude": (3, None),  # of diffusers' scale_latents, for storing latents as pictures; not used here
-    "latent_shift": (0.5, None),
+    "num_encoder_blocks": ((1, 3, 3, 3), BLOCKS),
+    "num_decoder_blocks": ((3, 3, 3, 1), BLOCKS),
+    "latent_magnitude": (3, UNREAD),  # of diffusers' scale_latents, for storing latents as pictures; not used here
+    "latent_shift": (0.5, UNREAD),
     "force_upcast": (False, (False,)),
-    "scaling_factor": (1.0, None),
+    "scaling_factor": (1.0, POSITIVE),
     "shift_factor": (0.0, (0.0, None)),
 }
 LATENT_RANGE = 3.0  # the decoder squashes latents softly into +- this
@@ -61,11 +73,8 @@ def _width(values: ConfigValues, half: str) -> int:
     """The one width of all stages of a half: a stage begins with a convolution that does not change it."""
     key, blocks = f"{half}_block_out_channels", values[f"num_{half}_blocks"]
     channels = values[key]
-    if not isinstance(channels, tuple) or not isinstance(blocks, tuple) or channels != channels[:1] * len(blocks):
-        raise UserError(
-            f"{values.source} has {key}={channels!r}, which is not supported: use one number, repeated as often as "
-            f"num_{half}_blocks={blocks!r} has entries."
-        )
+    repeated = channels == channels[:1] * len(blocks)
+    values.check(key, repeated, f"one number, as often as num_{half}_blocks has entries, {len(blocks)}")
     return channels[0]
 
 

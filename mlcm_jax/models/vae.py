@@ -7,8 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mlcm_jax.errors import UserError
-from mlcm_jax.json_config import read_config
+from mlcm_jax.json_config import LAYERS, NAMES, POSITIVE, SIZE, SIZES, Table, either, or_null, read_config
 from mlcm_jax.models.attention_backend import dot_product_attention
 from mlcm_jax.models.layers import (
     ACTIVATIONS,
@@ -22,19 +21,19 @@ from mlcm_jax.models.layers import (
 
 EPS = 1e-6
 
-# key: (diffusers' default, supported values or None for any)
-CONFIG_KEYS: dict[str, tuple[Any, tuple | None]] = {
+# key: (diffusers' default, supported values or their kind)
+CONFIG_KEYS: Table = {
     "in_channels": (3, (3,)),
     "out_channels": (3, (3,)),
-    "down_block_types": (("DownEncoderBlock2D",), None),
-    "up_block_types": (("UpDecoderBlock2D",), None),
-    "block_out_channels": ((64,), None),
-    "layers_per_block": (1, None),
+    "down_block_types": (("DownEncoderBlock2D",), NAMES),
+    "up_block_types": (("UpDecoderBlock2D",), NAMES),
+    "block_out_channels": ((64,), SIZES),
+    "layers_per_block": (1, LAYERS),
     "act_fn": ("silu", ("silu", "swish")),
-    "latent_channels": (4, None),
-    "norm_num_groups": (32, None),
-    "sample_size": (32, None),
-    "scaling_factor": (0.18215, None),
+    "latent_channels": (4, SIZE),
+    "norm_num_groups": (32, SIZE),
+    "sample_size": (32, or_null(either(SIZE, SIZES))),
+    "scaling_factor": (0.18215, POSITIVE),
     "shift_factor": (None, (None, 0.0)),
     "latents_mean": (None, (None,)),
     "latents_std": (None, (None,)),
@@ -54,7 +53,9 @@ class VAEConfig:
     act_fn: str
     latent_channels: int
     norm_num_groups: int
-    sample_size: int  # pixels along the side of the pictures that it was trained on; of a tile, where there are any
+    sample_size: (
+        int | None
+    )  # pixels along the side of the pictures that it was trained on; of a tile, where there are any
     scaling_factor: float
     force_upcast: bool
     use_quant_conv: bool
@@ -165,11 +166,13 @@ class AutoencoderKL(nn.Module):
         values = read_config(config, CONFIG_KEYS, "AutoencoderKL")
         for key, only in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             values.require(key, (only,) * len(values["block_out_channels"]))
-        size = values["sample_size"]
-        if not isinstance(size, int) or size < 2 ** len(values["block_out_channels"]):
-            raise UserError(f"{values.source} has sample_size={size!r}, which is not supported: use a side in pixels.")
-        fields = {f.name: values[f.name] for f in dataclasses.fields(VAEConfig)}
-        return cls(VAEConfig(**fields), dtype)
+        channels, groups, side = values["block_out_channels"], values["norm_num_groups"], values["sample_size"]
+        fits = all(c % groups == 0 for c in channels)
+        values.check("block_out_channels", fits, f"multiples of norm_num_groups={groups}")
+        side = side[0] if isinstance(side, tuple) else side  # as diffusers reads the side of a tile
+        values.check("sample_size", side is None or side >= 2 ** len(channels), "a side in pixels, or null")
+        values["sample_size"] = side
+        return cls(VAEConfig(**{f.name: values[f.name] for f in dataclasses.fields(VAEConfig)}), dtype)
 
     @property
     def downscale(self) -> int:

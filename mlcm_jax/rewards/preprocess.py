@@ -1,7 +1,7 @@
 """Images as a CLIP image tower takes them, by transformers' preprocessor_config.json (CLIPImageProcessor)."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +13,37 @@ from PIL import Image
 
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.load import read_json
-from mlcm_jax.json_config import Table, read_config
+from mlcm_jax.json_config import MAPPING, POSITIVE, SIZE, UNREAD, Kind, Table, either, is_number, is_size, read_config
 
+
+def three(name: str, each: Callable[[Any], bool]) -> Kind:
+    """A number for each colour."""
+    return Kind(f"three {name}", lambda v: isinstance(v, tuple) and len(v) == 3 and all(map(each, v)))
+
+
+EXTENT = either(SIZE, MAPPING)
+MEANS = three("numbers", is_number)
+DEVIATIONS = three("numbers above 0", POSITIVE.holds)
 # The network is an image tower for RGB: what would change its input in another way than below is refused.
 KEYS: Table = {
     "image_processor_type": (None, (None, "CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil")),
     "feature_extractor_type": (None, (None, "CLIPFeatureExtractor")),
-    "processor_class": (None, None),
+    "processor_class": (None, UNREAD),
     "do_resize": (True, (True, False)),
-    "size": ({"shortest_edge": 224}, None),
+    "size": ({"shortest_edge": 224}, EXTENT),
     "resample": (3, tuple(int(r) for r in Image.Resampling)),
     "do_center_crop": (True, (True, False)),
-    "crop_size": ({"height": 224, "width": 224}, None),
+    "crop_size": ({"height": 224, "width": 224}, EXTENT),
     "do_rescale": (True, (True,)),
-    "rescale_factor": (1 / 255, None),
+    "rescale_factor": (1 / 255, POSITIVE),
     "do_normalize": (True, (True,)),
-    "image_mean": ((0.48145466, 0.4578275, 0.40821073), None),
-    "image_std": ((0.26862954, 0.26130258, 0.27577711), None),
+    "image_mean": ((0.48145466, 0.4578275, 0.40821073), MEANS),
+    "image_std": ((0.26862954, 0.26130258, 0.27577711), DEVIATIONS),
     "do_convert_rgb": (True, (True, False, None)),  # images are RGB already
     "do_pad": (None, (None, False)),
     "default_to_square": (None, (None, False)),  # whether a size that is one number means a square
-    **dict.fromkeys(("data_format", "input_data_format", "return_tensors", "device"), (None, None)),
-    **dict.fromkeys(("disable_grouping", "pad_size"), (None, None)),
+    **dict.fromkeys(("data_format", "input_data_format", "return_tensors", "device"), (None, UNREAD)),
+    **dict.fromkeys(("disable_grouping", "pad_size"), (None, UNREAD)),
 }
 Size = tuple[int, int]  # height, width in pixels
 # PIL's filters that JAX has; both widen them when images shrink, and both have Keys' cubic at a = -0.5
@@ -140,12 +149,12 @@ CLIP_224 = Preprocessor(
 
 def _size(key: str, value: Any) -> int | Size:
     """A size as any version of transformers writes it: a number, {"shortest_edge"} or {"height", "width"}."""
-    if isinstance(value, int):
-        return value
-    if isinstance(value, Mapping) and set(value) == {"shortest_edge"}:
-        return value["shortest_edge"]
-    if isinstance(value, Mapping) and set(value) == {"height", "width"}:
-        return value["height"], value["width"]
+    sides = value if isinstance(value, Mapping) else {"shortest_edge": value}
+    if all(map(is_size, sides.values())):
+        if set(sides) == {"shortest_edge"}:
+            return sides["shortest_edge"]
+        if set(sides) == {"height", "width"}:
+            return sides["height"], sides["width"]
     raise UserError(
         f"preprocessor_config.json has {key}={value!r}, which is not supported: use a number of pixels, "
         "shortest_edge, or height and width."

@@ -53,7 +53,9 @@ def in_tiles(vae: Network, latents: Latents | HostLatents, tiling: str) -> bool:
         return False
     side = max(latents.shape[1:3]) * module.downscale
     smallest = {"auto": LARGEST_WHOLE_SIDE, "on": 0, "off": side}[tiling]
-    return side > max(smallest, module.config.sample_size)
+    if tiling == "on" and module.config.sample_size is None:
+        raise UserError("The autoencoder's config.json has no sample_size, the side of a tile: leave --vae_tiling out.")
+    return module.config.sample_size is not None and side > max(smallest, module.config.sample_size)
 
 
 @partial(jax.jit, static_argnames=("module",))

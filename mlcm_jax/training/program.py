@@ -208,7 +208,7 @@ def _batch_shapes(
 def _sizes(config: ConfigDict, architecture: Pipeline) -> tuple[int, tuple[int, int, int]]:
     """Image size in pixels, and height, width and channels of the latents."""
     unet, downscale = architecture.unet.config, architecture.downscale
-    image_size = config.image_size or unet["sample_size"] * downscale
+    image_size = config.image_size or architecture.latent_side * downscale
     multiple = downscale * 2 ** (len(unet["block_out_channels"]) - 1)
     if image_size % multiple:
         raise UserError(f"config.image_size={image_size} does not fit this teacher: use a multiple of {multiple}.")

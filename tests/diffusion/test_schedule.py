@@ -42,7 +42,7 @@ def test_table_equals_diffusers(name):
         ({"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid'.*scaled_linear"),
         ({"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'.*v_prediction"),
         ({"num_train_timesteps": 100}, "num_train_timesteps=100"),
-        ({"trained_betas": [0.1, 0.2]}, "1000 betas"),
+        ({"trained_betas": [0.1, 0.2]}, "1000 numbers"),
         ({"beta_start": 0.0, "beta_schedule": "linear"}, "1000 betas"),
         ({"_class_name": None}, "_class_name"),
         ({"_class_name": "TCDScheduler", "rescale_betas_zero_snr": True}, "use v_prediction"),

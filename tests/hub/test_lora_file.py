@@ -13,10 +13,9 @@ from flax import traverse_util
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mlcm_jax.errors import UserError
+from mlcm_jax.errors import UserError, listed
 from mlcm_jax.hub.adapter_config import METADATA_KEY
 from mlcm_jax.hub.fetch import SCHEDULER_NAME
-from mlcm_jax.hub.load import listed
 from mlcm_jax.hub.lora import save_lora, with_loras
 from mlcm_jax.hub.lora_reader import load_lora
 from mlcm_jax.hub.pipeline import load_network, load_pipeline, network_shapes

@@ -2,15 +2,17 @@
 
 import diffusers
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from torch_weights import assert_close, channels_first, channels_last, randomise, through_files
 
 from mlcm_jax.errors import UserError
-from mlcm_jax.hub.pipeline import network_shapes
+from mlcm_jax.hub.pipeline import Network, network_shapes
 from mlcm_jax.models.tiny_vae import AutoencoderTiny
 from mlcm_jax.models.vae import AutoencoderKL
+from mlcm_jax.sampling.decode import in_tiles
 
 SMALL = {
     "encoder_block_out_channels": (8,) * 3,
@@ -67,7 +69,8 @@ def test_the_published_size_has_the_tensors_of_torch():
 def test_unsupported_value_is_named(key, value):
     with pytest.raises(UserError) as error:
         AutoencoderTiny.from_config({**SMALL, key: value})
-    assert key in str(error.value) and str(value) in str(error.value)
+    shown = list(value) if isinstance(value, tuple) else value
+    assert key in str(error.value) and str(shown) in str(error.value)
 
 
 def test_halves_of_different_depths_are_refused():
@@ -75,7 +78,20 @@ def test_halves_of_different_depths_are_refused():
         AutoencoderTiny.from_config(SMALL | {"num_decoder_blocks": (1, 1), "decoder_block_out_channels": (6, 6)})
 
 
-@pytest.mark.parametrize("size", [None, [32, 32], 1])
+@pytest.mark.parametrize("size", [1, [1, 32], [], "32"])
 def test_a_sample_size_that_is_no_side_is_refused(size):
     with pytest.raises(UserError, match="sample_size="):
         AutoencoderKL.from_config({"sample_size": size})
+
+
+@pytest.mark.parametrize(("size", "side"), [(None, None), ([32, 16], 32), (64, 64)])
+def test_the_side_of_a_tile(size, side):
+    """As diffusers' AutoencoderKL reads it; without one there are no tiles."""
+    module = AutoencoderKL.from_config({"sample_size": size})
+    assert module.config.sample_size == side
+    network = Network(module, {}, {})
+    latents = jnp.zeros((1, 2048, 2048, 4))
+    assert in_tiles(network, latents, "auto") == (side is not None)
+    if side is None:
+        with pytest.raises(UserError, match=r"no sample_size, .* leave --vae_tiling out"):
+            in_tiles(network, latents, "on")

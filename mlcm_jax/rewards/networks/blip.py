@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mlcm_jax.errors import UserError
-from mlcm_jax.json_config import Table, read_config
+from mlcm_jax.json_config import COUNT, LAYERS, NOT_NEGATIVE, SIZE, UNREAD, Table, read_config
 from mlcm_jax.models.attention_backend import dot_product_attention
 from mlcm_jax.models.layers import ACTIVATIONS, Conv, Dense, Embedding, LayerNorm
 from mlcm_jax.parallel.sharding import split_batch
@@ -36,17 +36,17 @@ class VisionConfig:
     layer_norm_eps: float = 1e-6
 
 
-# med_config.json. What is listed with None alone has no effect on a score.
+# med_config.json. What is UNREAD has no effect on a score.
 MED_KEYS: Table = {
     "hidden_act": ("gelu", ("gelu",)),
-    "hidden_size": (768, None),
-    "intermediate_size": (3072, None),
-    "layer_norm_eps": (1e-12, None),
-    "max_position_embeddings": (512, None),
-    "num_attention_heads": (12, None),
-    "num_hidden_layers": (12, None),
-    "pad_token_id": (0, None),
-    "vocab_size": (30524, None),
+    "hidden_size": (768, SIZE),
+    "intermediate_size": (3072, SIZE),
+    "layer_norm_eps": (1e-12, NOT_NEGATIVE),
+    "max_position_embeddings": (512, SIZE),
+    "num_attention_heads": (12, SIZE),
+    "num_hidden_layers": (12, LAYERS),
+    "pad_token_id": (0, COUNT),
+    "vocab_size": (30524, SIZE),
     "add_cross_attention": (True, (True,)),
     "model_type": ("bert", ("bert",)),
     "position_embedding_type": ("absolute", ("absolute",)),
@@ -55,7 +55,7 @@ MED_KEYS: Table = {
             *("architectures", "attention_probs_dropout_prob", "hidden_dropout_prob", "initializer_range"),
             *("type_vocab_size", "encoder_width", "transformers_version", "torch_dtype", "dtype"),
         ),
-        (None, None),
+        (None, UNREAD),
     ),
 }
 

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mlcm_jax.json_config import Table, read_config
+from mlcm_jax.json_config import Kind, Table, is_number, read_config
 from mlcm_jax.models.layers import FrozenBatchNorm
 
-KEYS: Table = {"width_coefficient": (1.0, None), "depth_coefficient": (1.0, None)}
+COEFFICIENT = Kind("a number above 0, at most 10", lambda v: is_number(v) and 0 < v <= 10)
+KEYS: Table = dict.fromkeys(("width_coefficient", "depth_coefficient"), (1.0, COEFFICIENT))
 # config.json of the published sizes
 VARIANTS = {
     "lite0": {"width_coefficient": 1.0, "depth_coefficient": 1.0},
