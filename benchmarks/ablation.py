@@ -28,10 +28,11 @@ from tqdm import tqdm
 from configs.emoji_ablation import ROWS, row_config
 from mlcm_jax.cli import run_main
 from mlcm_jax.errors import UserError
-from mlcm_jax.evaluation.evaluate import Bench, Settings, chosen_prompts, load_judges, measured_data
-from mlcm_jax.evaluation.measure import Figure
+from mlcm_jax.evaluation.evaluate import Settings, chosen_prompts, load_networks, measure_data
+from mlcm_jax.evaluation.evaluator import Evaluator
 from mlcm_jax.evaluation.provenance import provenance
-from mlcm_jax.evaluation.sampling import Artist, pixels
+from mlcm_jax.evaluation.sampling import Sampler, image_size
+from mlcm_jax.evaluation.statistics.bootstrap import Figure
 from mlcm_jax.hub.load import read_json
 from mlcm_jax.hub.pipeline import Pipeline, load_pipeline
 from mlcm_jax.hub.save import write_json
@@ -47,7 +48,7 @@ METRICS = {  # of launch/evaluate.py: heading, decimals
     "latent_mse": ("Latent distance to the teacher's 25 steps, lower is better", 3),
     "clip_score": ("CLIP score, higher is better", 3),
     "frechet_distance/clip/baseline": ("Frechet distance to the teacher's 25 steps, lower is better", 2),
-    "frechet_distance/clip/data": ("Frechet distance to real pictures, lower is better", 2),
+    "frechet_distance/clip/data": ("Frechet distance to real images, lower is better", 2),
 }
 
 TEACHER = flags.DEFINE_string("teacher", "examples/emoji/teacher", "Diffusers folder that is distilled.")
@@ -55,9 +56,9 @@ ROW_NAMES = flags.DEFINE_list("rows", list(ROWS), f"Of {', '.join(ROWS)}.")
 NUM_EXAMPLES = flags.DEFINE_integer("num_examples", 11_200, "Training examples of each run.", lower_bound=2)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Examples a training step.", lower_bound=1)
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "A training for each, whose figures are averaged.")
-NUM_IMAGES = flags.DEFINE_integer("num_images", 512, "Pictures that are measured.", lower_bound=4)
+NUM_IMAGES = flags.DEFINE_integer("num_images", 512, "Images that are measured.", lower_bound=4)
 LATENTS = flags.DEFINE_string("latents", None, "File of launch/encode.py for the training prompts, for the row lcm.")
-DATA = flags.DEFINE_string("data", None, "Real pictures of the measured prompts: examples/emoji/real_pictures.py.")
+DATA = flags.DEFINE_string("data", None, "Real images of the measured prompts: examples/emoji/real_pictures.py.")
 FEATURES = flags.DEFINE_list("features", ["clip=examples/emoji/scorer"], "As launch/evaluate.py takes them.")
 OUT = flags.DEFINE_string("out", "runs/ablation", "Folder for the runs and the figures.")
 
@@ -107,27 +108,28 @@ Measured = dict[str, dict[str, Any]]  # number of steps -> metric -> value and r
 
 
 class Measurer:
-    """Draws with one student after another, and compares with the teacher's pictures, which it draws once."""
+    """Samples with one student after another, and compares with the teacher's samples, which it makes once."""
 
     def __init__(self, guidance_scale: float):
         settings = evaluation(guidance_scale)
-        self._prompts, judges = chosen_prompts(settings), load_judges(settings)
+        self._prompts, networks = chosen_prompts(settings), load_networks(settings)
         teacher = load_pipeline(TEACHER.value, dtype=jnp.float32)
-        data = measured_data(settings, judges, pixels(teacher))
-        self._bench = Bench(settings, self._prompts, judges, data, tqdm(disable=True))
-        artist = self._artist("teacher", teacher, guidance_scale)
-        self._bench.measure(artist, REFERENCE_STEPS, as_reference=True)
-        self.teacher = self._measured(artist)
+        data = measure_data(settings, networks, image_size(teacher))
+        self._evaluator = Evaluator(settings.protocol, self._prompts, networks, data, tqdm(disable=True))
+        sampler = self._sampler("teacher", teacher, guidance_scale)
+        self._evaluator.measure(sampler, REFERENCE_STEPS, as_reference=True)
+        self.teacher = self._measured(sampler)
 
     def __call__(self, folder: Path) -> Measured:
         """Figures of an exported student, whose guidance is in its weights."""
-        return self._measured(self._artist("student", load_pipeline(folder, dtype=jnp.float32), 1.0))
+        return self._measured(self._sampler("student", load_pipeline(folder, dtype=jnp.float32), 1.0))
 
-    def _artist(self, name: str, pipeline: Pipeline, guidance_scale: float) -> Artist:
-        return Artist(pipeline, self._prompts, name=name, guidance_scale=guidance_scale, batch_size=64)
+    def _sampler(self, name: str, pipeline: Pipeline, guidance_scale: float) -> Sampler:
+        return Sampler(pipeline, self._prompts, name=name, guidance_scale=guidance_scale, batch_size=64)
 
-    def _measured(self, artist: Artist) -> Measured:
-        found = {str(n): self._bench.measure(artist, n).figures for n in STEPS}
+    def _measured(self, sampler: Sampler) -> Measured:
+        rows = {str(n): self._evaluator.measure(sampler, n) for n in STEPS}
+        found = {n: {column.key: figure for column, figure in row.figures.items()} for n, row in rows.items()}
         return {n: {m: _as_json(figures[m]) for m in METRICS if m in figures} for n, figures in found.items()}
 
 
@@ -136,12 +138,12 @@ def _as_json(figure: Figure) -> dict[str, Any]:
 
 
 def over_seeds(runs: Mapping[str, Measured], num_steps: int, metric: str) -> Figure:
-    """The mean over seeds. Its replicates draw seeds anew as well as prompts, the same ones for all rows."""
+    """The mean over seeds. Its replicates resample seeds as well as prompts, the same ones for all rows."""
     figures = [run[str(num_steps)][metric] for run in runs.values()]
     replicates, n = np.array([figure["replicates"] for figure in figures]), len(figures)
     seeds = np.random.default_rng(n).integers(n, size=(RESAMPLES, n))
-    drawn = replicates[seeds, np.arange(RESAMPLES)[:, None]].mean(axis=1)
-    return Figure(float(np.mean([figure["value"] for figure in figures])), drawn)
+    resampled = replicates[seeds, np.arange(RESAMPLES)[:, None]].mean(axis=1)
+    return Figure(float(np.mean([figure["value"] for figure in figures])), resampled)
 
 
 def table(heading: str, rows: Mapping[str, Any], cell) -> str:

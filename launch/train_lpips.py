@@ -17,12 +17,12 @@ from absl import flags
 
 from mlcm_jax.cli import run_main
 from mlcm_jax.errors import UserError
-from mlcm_jax.evaluation.perceptual import perceptual_distance
-from mlcm_jax.evaluation.real_images import RealPictures
+from mlcm_jax.evaluation.metrics.perceptual_distance import perceptual_distance
+from mlcm_jax.evaluation.real_images import RealImages
 from mlcm_jax.hub.pipeline import WEIGHT_FILES, Network, load_pipeline
 from mlcm_jax.hub.save import save_params
 from mlcm_jax.models.latent_lpips import LatentLPIPS
-from mlcm_jax.rewards.clip_features import load_scorer
+from mlcm_jax.rewards.clip_features import load_clip_encoder
 from mlcm_jax.rng import MAX_SEED, next_seed
 from mlcm_jax.sampling.decode import encode
 from mlcm_jax.training.latent_lpips import (
@@ -54,9 +54,9 @@ def triplets(place: str | None, vae: Network, seed: int) -> Triplets:
     place = str(place)
     if BAPPS.value:
         return bapps_triplets(place, vae, IMAGE_SIZE.value)
-    pictures = RealPictures(place, IMAGE_SIZE.value)
+    pictures = RealImages(place, IMAGE_SIZE.value)
     latents = np.concatenate([encode(vae, batch) for batch in pictures.batches(64, len(pictures))])
-    distance = partial(perceptual_distance, load_scorer(SCORER.value)) if SCORER.value else picture_mse
+    distance = partial(perceptual_distance, load_clip_encoder(SCORER.value)) if SCORER.value else picture_mse
     return distorted_triplets(latents, vae, distance, seed=seed, repeats=REPEATS.value)
 
 

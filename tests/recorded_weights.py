@@ -1,4 +1,4 @@
-"""Weights and pictures that are the same in every process and version: how outputs that were recorded with packages
+"""Weights and images that are the same in every process and version: how outputs that were recorded with packages
 that this project does not install are compared with ours."""
 
 import json
@@ -29,7 +29,7 @@ def _weight(name, shape):
     return np.asarray(0.3 * noise + np.float32(name.endswith("weight")), np.float32)
 
 
-def pictures(n, height, width):
+def example_images(n, height, width):
     """uint8 [n, height, width, 3]: smooth colours with noise on top."""
     y, x = np.mgrid[0:height, 0:width]
     base = np.stack([np.sin(y / 9), np.cos(x / 7), np.sin((x + y) / 5)], axis=-1) * 90 + 128

@@ -166,7 +166,7 @@ def test_encode(launch, files, sdxl_folder, tmp_path, mistake):
 EVALUATE = {
     "no model": (["--model={files}/no_model"], ["has no model_index.json"]),
     "no baseline": (["--baseline={files}/nowhere"], ["{files}/nowhere does not exist"]),
-    "a baseline of other pictures": (["--baseline=examples/emoji/teacher"], ["pictures of 32 px", "pictures of 64 px"]),
+    "a baseline of other pictures": (["--baseline=examples/emoji/teacher"], ["images of 32 px", "images of 64 px"]),
     "too many pictures": (["--num_images=10"], ["--num_images=10 is more than the 9 prompts"]),
     "too few pictures": (["--num_images=3"], ["--num_images=3"]),
     "steps that are no number": (["--steps=1,x"], ["--steps=1,x is no list of whole numbers"]),
@@ -175,12 +175,12 @@ EVALUATE = {
     "no scorer": (["--scorer={files}/nowhere"], ["{files}/nowhere"]),
     "an unknown scorer": (["--scorers=beauty=x"], ["--scorers has the entry 'beauty=x'", "clip"]),
     "features of nothing": (["--features=clip"], ["--features has the entry 'clip'", "NAME=PLACE"]),
-    "no real pictures": (["--data={files}/no_model"], ["no_model holds no pictures"]),
+    "no real pictures": (["--data={files}/no_model"], ["no_model holds no images"]),
     "latents as pictures": (["--data={files}/three_channels.npy"], ["float32 [1, 3, 16, 16]", "uint8"]),
-    "too few real pictures": (["--data={files}/two_pictures.npy"], ["has 2 pictures: give 4 or more"]),
+    "too few real pictures": (["--data={files}/two_pictures.npy"], ["has 2 images: give 4 or more"]),
     "pictures of fewer prompts": (
         ["--data={files}/two_pictures.npy", "--data_matches_prompts"],
-        ["has 2 pictures: give 9 or more"],
+        ["has 2 images: give 9 or more"],
     ),
     "a file to write to": (["--out={files}/nine.txt"], ["nine.txt is a file: name a folder"]),
 }

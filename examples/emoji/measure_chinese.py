@@ -28,8 +28,7 @@ from mlcm_jax.diffusion.schedule import Schedule
 from mlcm_jax.hub.pipeline import load_pipeline
 from mlcm_jax.hub.text import with_text
 from mlcm_jax.images import image_grid
-from mlcm_jax.rewards.clip_features import image_features, load_scorer
-from mlcm_jax.rewards.clip_score import clip_scores, load_scorer_tokenizer, text_features
+from mlcm_jax.rewards.clip_score import load_clip_score
 from mlcm_jax.sampling.conditioning import encode_prompts, unconditional
 from mlcm_jax.sampling.decode import decode
 from mlcm_jax.sampling.sample import draw_noise, latent_distance, sample_latents
@@ -66,7 +65,7 @@ def predictions(unet, schedule: Schedule, latents, conditionings: dict) -> dict[
     return {who: apply(z, t, conditioning) for who, conditioning in conditionings.items()}
 
 
-def measure(pipeline, chinese_pipeline, scorer, tokenizer, split: str) -> dict[str, dict[str, float]]:
+def measure(pipeline, chinese_pipeline, score, split: str) -> dict[str, dict[str, float]]:
     english, chinese = choose_captions(split)
     n, side = len(english), pipeline.unet.config["sample_size"]
     none = unconditional(pipeline, n, IMAGE_SIZE)
@@ -85,7 +84,6 @@ def measure(pipeline, chinese_pipeline, scorer, tokenizer, split: str) -> dict[s
     schedule = Schedule.from_config(pipeline.scheduler_config)
     outputs = predictions(pipeline.unet, schedule, latents["english"], conditionings | {"none": none})
     difference = {who: float(jnp.square(one - outputs["english"]).mean()) for who, one in outputs.items()}
-    texts = text_features(scorer, tokenizer, english)
     if OUT.value:
         grid = image_grid(np.concatenate([images[who][:IN_GRID] for who in ("english", "chinese")]), columns=IN_GRID)
         Path(OUT.value).mkdir(parents=True, exist_ok=True)
@@ -94,18 +92,16 @@ def measure(pipeline, chinese_pipeline, scorer, tokenizer, split: str) -> dict[s
     return {
         "prediction": {who: difference[who] / difference["none"] for who in ("chinese", "another")},
         "latents": {w: float(latent_distance(latents[w], latents["english"]).mean()) for w in ("chinese", "another")},
-        "clip_score": {
-            who: float(clip_scores(image_features(scorer, one), texts).mean()) for who, one in images.items()
-        },
+        "clip_score": {who: float(score(one, english).mean()) for who, one in images.items()},
     }
 
 
 def main():
     pipeline = load_pipeline(MODEL.value)
     chinese_pipeline = with_text(pipeline, TEXT.value)
-    scorer, tokenizer = load_scorer(SCORER.value), load_scorer_tokenizer(SCORER.value)
+    score = load_clip_score(SCORER.value)
     for split in ("train", "heldout"):
-        measured = measure(pipeline, chinese_pipeline, scorer, tokenizer, split)
+        measured = measure(pipeline, chinese_pipeline, score, split)
         rounded = {key: {who: round(value, 4) for who, value in row.items()} for key, row in measured.items()}
         print(json.dumps({split: rounded}))
 

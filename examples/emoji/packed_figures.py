@@ -16,14 +16,16 @@ from PIL import Image
 from recipe import IMAGE_SIZE
 
 from mlcm_jax.data.prompts import read_prompts
-from mlcm_jax.evaluation.extractors import Extractor
-from mlcm_jax.evaluation.measure import Figure, mean_figure, set_figures
+from mlcm_jax.evaluation.extractors.registry import load_extractor
+from mlcm_jax.evaluation.measure import set_figures
+from mlcm_jax.evaluation.metrics.base import FeaturePair
 from mlcm_jax.evaluation.provenance import provenance
+from mlcm_jax.evaluation.statistics.bootstrap import Figure, mean_figure
 from mlcm_jax.hub.pipeline import Pipeline
 from mlcm_jax.hub.save import write_json
 from mlcm_jax.images import image_grid
-from mlcm_jax.rewards.registry import SCORERS, kind_of
-from mlcm_jax.rewards.reward_model import chunks
+from mlcm_jax.rewards.registry import REWARD_MODELS, kind_of
+from mlcm_jax.rewards.reward_model import batch_indices
 from mlcm_jax.sampling.conditioning import encode_prompts, unconditional
 from mlcm_jax.sampling.decode import decode
 from mlcm_jax.sampling.sample import draw_noise, sample_latents
@@ -41,12 +43,12 @@ def draw(pipeline: Pipeline, prompts: Sequence[str], guidance_scale: float) -> U
     text = encode_prompts(pipeline, prompts, IMAGE_SIZE)
     empty = unconditional(pipeline, min(CHUNK, len(prompts)), IMAGE_SIZE)
     images = []
-    for rows in chunks(len(prompts), CHUNK):
-        conditioning = jax.tree.map(lambda a, rows=rows: a[rows], text)
+    for indices in batch_indices(len(prompts), CHUNK):
+        conditioning = jax.tree.map(lambda a, indices=indices: a[indices], text)
         latents = sample_latents(
             pipeline.unet,
             pipeline.scheduler_config,
-            noise[rows],
+            noise[indices],
             conditioning,
             empty,
             guidance_scale=guidance_scale,
@@ -66,23 +68,18 @@ def measure(
     """
     begin = time.perf_counter()
     grid_prompts, captions = read_prompts(GRID_PROMPTS), packed.real_captions[:num_images]
-    judges = {name: SCORERS[kind_of(name)](place) for name, place in scorers.items()} if captions else {}
-    extractors = {name: Extractor.read(kind_of(name), place) for name, place in features.items()} if captions else {}
+    extractors = {name: load_extractor(name, place) for name, place in features.items()} if captions else {}
+    models = {name: REWARD_MODELS[kind_of(name)].load(place) for name, place in scorers.items()} if captions else {}
     real = {name: extractor.extract(packed.real[:num_images]) for name, extractor in extractors.items()}
     grids, rows = [], []
     for guidance_scale in GUIDANCE_SCALES:
         images = draw(pipeline, [*captions, *grid_prompts], guidance_scale)
         drawn = images[: len(captions)]
         grids.append(image_grid(images[len(captions) :], columns=8))
-        row = {f"{name}_score": summary(mean_figure(judge(drawn, captions))) for name, judge in judges.items()}
+        row = {f"{name}_score": summary(mean_figure(score(drawn, captions))) for name, score in models.items()}
         for name, extractor in extractors.items():
-            found = set_figures(
-                extractor.extract(drawn),
-                real[name],
-                paired=True,
-                num_resamples=RESAMPLES,
-                components=extractor.kind.components,
-            )
+            compared = extractor.extract(drawn), real[name]
+            found = set_figures(FeaturePair(*compared, True, RESAMPLES, extractor.spec.components))
             row |= {f"{metric}/{name}": summary(figure) for metric, figure in found.items()}
         rows.append({"guidance_scale": guidance_scale, "images": len(captions), "steps": GRID_STEPS, **row})
         print(json.dumps(rows[-1]), flush=True)

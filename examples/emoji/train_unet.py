@@ -27,11 +27,11 @@ from mlcm_jax.cli import run_main
 from mlcm_jax.data.prompts import read_prompts
 from mlcm_jax.diffusion.schedule import Schedule
 from mlcm_jax.errors import UserError
-from mlcm_jax.evaluation.extractors import EXTRACTORS
+from mlcm_jax.evaluation.extractors.registry import FEATURE_EXTRACTORS
 from mlcm_jax.hub.pipeline import Network, Pipeline, save_pipeline
 from mlcm_jax.images import image_grid
 from mlcm_jax.models.attention_backend import XLA
-from mlcm_jax.rewards.registry import SCORERS, parse_places
+from mlcm_jax.rewards.registry import REWARD_MODELS, parse_places
 from mlcm_jax.sampling.conditioning import encode_prompts, unconditional
 from mlcm_jax.sampling.decode import decode
 from mlcm_jax.sampling.sample import sample_latents
@@ -122,8 +122,8 @@ def from_packed(out: Path):
         steps_per_call=STEPS_PER_CALL.value,
         seed=SEED.value,
     )
-    scorers = parse_places("scorers", SCORERS_FLAG.value, list(SCORERS))
-    features = parse_places("features", FEATURES.value, list(EXTRACTORS))
+    scorers = parse_places("scorers", SCORERS_FLAG.value, REWARD_MODELS)
+    features = parse_places("features", FEATURES.value, FEATURE_EXTRACTORS)
     packed, teacher = load_packed(Path(PACKED.value)), Path(TEACHER.value)
     if packed.vae != fingerprint(teacher / "vae"):
         raise UserError(f"{PACKED.value} is of another autoencoder than {teacher / 'vae'}: pack again with --teacher.")

@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import Network, Pipeline, load_network
 from mlcm_jax.hub.vae import load_vae
-from mlcm_jax.rewards.registry import JUDGES, kind_of, parse_places
-from mlcm_jax.rewards.reward_model import Judge
+from mlcm_jax.rewards.registry import REWARD_MODELS, kind_of, parse_places
+from mlcm_jax.rewards.reward_model import RewardModel
 from mlcm_jax.types import Latents, Params
 
 DECODING = ("decoder", "post_quant_conv")  # parts of an autoencoder that turn latents into pictures
@@ -35,7 +35,7 @@ class Auxiliary:
     """
 
     decoder: Network | None = None
-    judges: Mapping[str, Judge] = dataclasses.field(default_factory=dict)
+    judges: Mapping[str, RewardModel] = dataclasses.field(default_factory=dict)
     latent_lpips: Network | None = None
     weights: dict[str, Params] = dataclasses.field(default_factory=dict)
 
@@ -125,11 +125,11 @@ def _on_the_host() -> Iterator[None]:
 
 
 def _described(network: Any) -> Any:
-    """A Network or a Judge without its weights."""
+    """A Network or a RewardModel without its weights."""
     return dataclasses.replace(network, params=jax.tree.map(lambda a: _shape(a, a.dtype), network.params))
 
 
-def _read_judges(config: ConfigDict) -> dict[str, Judge]:
+def _read_judges(config: ConfigDict) -> dict[str, RewardModel]:
     settings = config.preference
     places = {role: settings[role] for role in ("scorer", "guard") if settings[role]}
     if len(set(places.values())) < len(places):
@@ -143,9 +143,9 @@ def _read_judges(config: ConfigDict) -> dict[str, Judge]:
     return judges
 
 
-def _read_judge(role: str, place: str, dtype: Any) -> Judge:
-    ((name, folder),) = parse_places(f"config.preference.{role}", [place], tuple(JUDGES)).items()
-    return JUDGES[kind_of(name)](folder, dtype=dtype)
+def _read_judge(role: str, place: str, dtype: Any) -> RewardModel:
+    ((name, folder),) = parse_places(f"config.preference.{role}", [place], REWARD_MODELS).items()
+    return REWARD_MODELS[kind_of(name)].load(folder, dtype=dtype)
 
 
 def _read_latent_lpips(folder: str, architecture: Pipeline) -> Network:

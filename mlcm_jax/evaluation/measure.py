@@ -1,213 +1,163 @@
-"""What an evaluation measures: of each sampler's pictures by themselves, against real ones and the baseline's."""
+"""What is measured of a set of images, and the figures that come of it."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from mlcm_jax.evaluation.background import background_noise
-from mlcm_jax.evaluation.bootstrap import counts, interval, mean_replicates, replicates, resampled_rows
-from mlcm_jax.evaluation.extractors import Extractor
-from mlcm_jax.evaluation.frechet import frechet_distance
-from mlcm_jax.evaluation.high_frequency import high_frequency_energy
-from mlcm_jax.evaluation.kid import Kernels
-from mlcm_jax.evaluation.noise_level import noise_level
-from mlcm_jax.evaluation.perceptual import perceptual_distance
-from mlcm_jax.evaluation.precision_recall import precision_recall
-from mlcm_jax.evaluation.principal_components import PrincipalComponents
-from mlcm_jax.evaluation.sampling import Drawn
-from mlcm_jax.rewards.clip_features import Scorer
-from mlcm_jax.rewards.registry import Score
-from mlcm_jax.sampling.sample import latent_distance
+from mlcm_jax.evaluation.extractors.base import FeatureExtractor
+from mlcm_jax.evaluation.metrics.base import Better, FeaturePair, ImageMetric, Metric
+from mlcm_jax.evaluation.metrics.registry import IMAGE_METRICS, SET_METRICS
+from mlcm_jax.evaluation.sampling import SampledBatch
+from mlcm_jax.evaluation.statistics.bootstrap import Figure, mean_figure
+from mlcm_jax.rewards.clip_features import ClipEncoder
+from mlcm_jax.rewards.registry import REWARD_MODELS, kind_of
 from mlcm_jax.types import Latents
 
-MEAN_RESAMPLES = 2000
-FeatureSets = Mapping[str, Float[np.ndarray, "n d"]]  # by the extractor's name
-# name: one number a picture, of its pixels alone. No network is asked; the mean over real pictures is the reference.
-PIXEL_METRICS: dict[str, Callable[[UInt8[np.ndarray, "n H W 3"]], Float[np.ndarray, " n"]]] = {
-    "high_frequency_energy": high_frequency_energy,
-    "noise_level": noise_level,
-    "background_noise": background_noise,
-}
+Score = Callable[[UInt8[np.ndarray, "n H W 3"], Sequence[str]], Float[np.ndarray, " n"]]
+Inputs = Mapping[str, Any]  # of a batch of images: by the names that ImageMetric.needs takes
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
-    """A set of pictures. features: by extractor. pixels: by pixel metric, one number a picture."""
+class Measurements:
+    """Of a set of images. features: by extractor. numbers: by image metric, one an image (or a batch)."""
 
-    features: FeatureSets
-    pixels: Mapping[str, Float[np.ndarray, " n"]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Judges:
-    """clip: of perceptual distance and diversity. scores, extractors: by name, as many as were asked for."""
-
-    clip: Scorer
-    scores: Mapping[str, Score]
-    extractors: Mapping[str, Extractor]
-
-    def measure(self, batches: Iterable[UInt8[np.ndarray, "n H W 3"]]) -> Measured:
-        """Features and pixel metrics of pictures, batch by batch, so that few are in memory at a time."""
-        features, pixels = [], []
-        for images in batches:
-            features.append({name: extractor.extract(images) for name, extractor in self.extractors.items()})
-            pixels.append({name: metric(images) for name, metric in PIXEL_METRICS.items()})
-        return Measured(joined(features), joined(pixels))
+    features: Mapping[str, Float[np.ndarray, "n d"]]
+    numbers: Mapping[str, Float[np.ndarray, " n"]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """All of the baseline's long result: what the others, from the same noise, are compared with."""
+    """All of the baseline's reference sample: what the others, from the same noise, are compared with."""
 
     latents: Latents
     images: UInt8[np.ndarray, "n H W 3"]
 
     @classmethod
-    def of(cls, batches: Sequence[Drawn]) -> "Reference":
+    def of(cls, batches: Sequence[SampledBatch]) -> "Reference":
         return cls(jnp.concatenate([b.latents for b in batches]), np.concatenate([b.images for b in batches]))
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
-    """What is kept of a sampler's pictures. numbers: by metric, one a picture or batch. examples: the first."""
+class Networks:
+    """clip: the encoder of --scorer. reward_models, extractors: by name, as many as were asked for."""
 
-    measured: Measured
-    numbers: dict[str, Float[np.ndarray, " n"]]
-    examples: UInt8[np.ndarray, "k H W 3"]
+    clip: ClipEncoder
+    reward_models: Mapping[str, Score]
+    extractors: Mapping[str, FeatureExtractor]
+
+    @cached_property
+    def image_metrics(self) -> list[ImageMetric]:
+        """The scores of the reward models, then the metrics of the registry."""
+        return [*(score_metric(name, score) for name, score in self.reward_models.items()), *IMAGE_METRICS]
+
+    def measure(self, batches: Iterable[Inputs]) -> Measurements:
+        """Measure images batch by batch, so that few are in memory at a time."""
+        features, numbers = [], []
+        for batch in batches:
+            inputs = {"clip": self.clip, **batch}
+            features.append({name: extractor.extract(batch["images"]) for name, extractor in self.extractors.items()})
+            numbers.append({m.name: m(inputs) for m in self.image_metrics if m.is_possible(inputs)})
+        return Measurements(_concatenated(features), _concatenated(numbers))
 
 
-def look(
-    batches: Iterable[Drawn],
-    prompts: Sequence[str],
-    judges: Judges,
-    reference: Reference | None,
-    *,
-    num_examples: int,
-) -> Seen:
-    """Judge pictures batch by batch, so that few are in memory at a time."""
-    numbers, examples = [], []
+def score_metric(name: str, score: Score) -> ImageMetric:
+    """The metric of a reward model. name: of the registry, or NAME-LABEL."""
+    _, _, label = name.partition("-")
+    title = ", ".join(filter(None, (REWARD_MODELS[kind_of(name)].title, label)))
+    return ImageMetric(f"{name}_score", title, "higher", 4, score, needs=("images", "prompts"))
 
-    def judged(drawn: Drawn) -> UInt8[np.ndarray, "n H W 3"]:
-        mine = {f"{name}_score": score(drawn.images, prompts[drawn.rows]) for name, score in judges.scores.items()}
+
+def real_inputs(batches: Iterable[UInt8[np.ndarray, "n H W 3"]]) -> Iterator[Inputs]:
+    """What ``Networks.measure`` takes, of real images."""
+    return ({"images": images} for images in batches)
+
+
+def sampled_inputs(
+    batches: Iterable[SampledBatch], prompts: Sequence[str], reference: Reference | None
+) -> Iterator[Inputs]:
+    """The same of samples of ``prompts``. reference: what they are compared with, where there is one."""
+    for batch in batches:
+        inputs = {"images": batch.images, "latents": batch.latents, "prompts": prompts[batch.indices]}
+        inputs["seconds"] = batch.seconds
         if reference:
-            mine["latent_mse"] = latent_distance(drawn.latents, reference.latents[drawn.rows])
-            mine["perceptual_distance"] = perceptual_distance(judges.clip, drawn.images, reference.images[drawn.rows])
-        numbers.append(mine | {"seconds_per_image": np.array([drawn.seconds])})
-        examples.append(drawn.images[: max(0, num_examples - drawn.rows.start)])
-        return drawn.images
-
-    measured = judges.measure(judged(drawn) for drawn in batches)
-    return Seen(measured, joined(numbers), np.concatenate(examples))
+            inputs["baseline_images"] = reference.images[batch.indices]
+            inputs["baseline_latents"] = reference.latents[batch.indices]
+        yield inputs
 
 
-def joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Batches of named arrays as whole ones."""
+def _concatenated(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 @dataclasses.dataclass(frozen=True)
-class Figure:
-    """A number, and what it is in resamples of the pictures."""
+class Column:
+    """Where a figure stands in a report. key: in results.json. against: "data", "baseline" or nothing ("")."""
 
-    value: float
-    replicates: Float[np.ndarray, " b"]
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % bootstrap interval."""
-        return interval(self.value, self.replicates)
-
-    def over(self, other: "Figure") -> "Figure":
-        """The ratio to another sampler's figure, paired: both are resampled alike."""
-        mine, others = (f.replicates - f.replicates.mean() + f.value for f in (self, other))
-        return Figure(self.value / other.value, mine / others)
+    key: str
+    title: str
+    better: Better
+    decimals: int
+    against: str
 
 
-def mean_figure(values: Float[np.ndarray, " n"], *, stream: int = 0) -> Figure:
-    """Mean of one number a picture. stream: as ``resampled_rows`` takes it."""
-    rows = resampled_rows(len(values), MEAN_RESAMPLES, stream=stream)
-    return Figure(float(np.mean(values, dtype=np.float64)), mean_replicates(values, rows))
+def column(metric: Metric, against: str, features: str = "") -> Column:
+    """The place of a metric's figure: NAME, or NAME/FEATURES/AGAINST such as precision/clip/data."""
+    key = f"{metric.name}/{features}/{against}" if features else metric.name
+    title = f"{metric.title}, {features}" if features else metric.title
+    return Column(key, title, metric.better, metric.decimals, against)
 
 
-def set_figures(
-    drawn: Float[np.ndarray, "n d"],
-    other: Float[np.ndarray, "m d"],
-    *,
-    paired: bool,
-    num_resamples: int,
-    components: int | None = None,
-) -> dict[str, Figure]:
-    """Figures of two sets of features: Frechet and kernel distance, precision and recall.
-
-    paired: row i of both is of the same prompt, so that they are resampled together. For precision and recall only the
-    pictures that are counted are resampled, not those that they are sought among: repeated rows would shrink the
-    distances to neighbours. num_resamples: of the distances, which take the longest. components: the Frechet distance
-    is taken in so many principal components of ``other``, the same ones for each set that is compared with it and in
-    all resamples; None: in all features.
-    """
-    stream = 0 if paired else 1
-    rows, other_rows = (
-        resampled_rows(len(drawn), num_resamples),
-        resampled_rows(len(other), num_resamples, stream=stream),
-    )
-    kernels = Kernels.of(drawn, other, paired=paired)
-    project = PrincipalComponents.of(other, components) if components else np.asarray
-    seen, reference = project(drawn), project(other)
-
-    def frechet(chosen, others):
-        return frechet_distance(seen[chosen], reference[others])
-
-    covered = precision_recall(drawn, other)
-    recalled = resampled_rows(len(other), MEAN_RESAMPLES, stream=stream)
-    return {
-        "frechet_distance": Figure(frechet_distance(seen, reference), replicates(frechet, rows, other_rows)),
-        "kernel_distance": Figure(float(kernels.distance()), kernels.distance(counts(rows), counts(other_rows))),
-        "precision": mean_figure(covered.precise),
-        "recall": Figure(float(covered.recalled.mean()), mean_replicates(covered.recalled, recalled)),
-    }
+def set_figures(pair: FeaturePair) -> dict[str, Figure]:
+    """Figures of two sets of features, by metric."""
+    return {metric.name: metric.compute(pair) for metric in SET_METRICS}
 
 
-def pixel_figures(drawn: Measured, real: Measured, *, paired: bool) -> dict[str, Figure]:
-    """Each pixel metric's mean over the real pictures' mean; left out where that is not above 0 in all resamples."""
-    stream = 0 if paired else 1
+def relative_figures(
+    metrics: Sequence[ImageMetric], samples: Measurements, data: Measurements, *, paired: bool
+) -> dict[Column, Figure]:
+    """Means over the real images' means; left out where one of those is not above 0 in all resamples."""
     found = {}
-    for name, values in drawn.pixels.items():
-        reference = mean_figure(real.pixels[name], stream=stream)
-        if reference.replicates.min() > 0:
-            found[f"{name}/pixels/data"] = mean_figure(values).over(reference)
+    for metric in metrics:
+        if metric.relative_to_data:
+            reference = mean_figure(data.numbers[metric.name], stream=0 if paired else 1)
+            if reference.replicates.min() > 0:
+                found[column(metric, "data", "pixels")] = mean_figure(samples.numbers[metric.name]).over(reference)
     return found
 
 
 def figures(
-    seen: Seen,
-    data: Measured | None,
-    baseline: Measured | None,
-    extractors: Mapping[str, Extractor],
+    samples: Measurements,
+    data: Measurements | None,
+    baseline: Measurements | None,
+    networks: Networks,
     *,
     data_matches_prompts: bool,
     num_resamples: int,
-) -> dict[str, Figure]:
+) -> dict[Column, Figure]:
     """All figures of a sampler, in the order in which they are reported: of independent features and of pixels first.
 
-    Those of sets are named METRIC/EXTRACTOR/REFERENCE, such as precision/clip/data, those of pixels METRIC/pixels/data.
-    data_matches_prompts: whether row i of ``data`` is a real picture of prompt i.
+    data_matches_prompts: whether real image i is of prompt i.
     """
     references = {"data": (data, data_matches_prompts), "baseline": (baseline, True)}
-    independent, others = {}, {}
-    for name, extractor in extractors.items():
-        found = independent if extractor.kind.independent else others
-        for reference, (measured, paired) in references.items():
+    independent, dependent = {}, {}
+    for name, extractor in networks.extractors.items():
+        found = independent if extractor.spec.independent else dependent
+        for against, (measured, paired) in references.items():
             if measured:
-                compared = set_figures(
-                    seen.measured.features[name],
-                    measured.features[name],
-                    paired=paired,
-                    num_resamples=num_resamples,
-                    components=extractor.kind.components,
-                )
-                found |= {f"{metric}/{name}/{reference}": figure for metric, figure in compared.items()}
-    pixels = pixel_figures(seen.measured, data, paired=data_matches_prompts) if data else {}
-    return independent | pixels | others | {name: mean_figure(values) for name, values in seen.numbers.items()}
+                features, components = (samples.features[name], measured.features[name]), extractor.spec.components
+                computed = set_figures(FeaturePair(*features, paired, num_resamples, components))
+                found |= {column(metric, against, name): computed[metric.name] for metric in SET_METRICS}
+    metrics = networks.image_metrics
+    relative = relative_figures(metrics, samples, data, paired=data_matches_prompts) if data else {}
+    means = [m for m in metrics if not m.relative_to_data and m.name in samples.numbers]
+    return (
+        independent
+        | relative
+        | dependent
+        | {column(metric, metric.against): mean_figure(samples.numbers[metric.name]) for metric in means}
+    )

@@ -1,4 +1,4 @@
-"""Real pictures to compare with: a folder of picture files, or one array of them."""
+"""Real images to compare with: a folder of image files, or one array of images."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,33 +14,33 @@ from mlcm_jax.images import open_image
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-class RealPictures:
-    """Pictures of ``side`` x ``side`` pixels, read as they are asked for.
+class RealImages:
+    """Images of ``side`` x ``side`` pixels, read as they are asked for.
 
-    place: a folder of .png, .jpg or .webp files, or an .npy file, uint8 [n, H, W, 3], which is not read whole. Pictures
+    place: a folder of .png, .jpg or .webp files, or an .npy file, uint8 [n, H, W, 3], which is not read whole. Images
     of another size are cropped to a square about the centre and resized (Lanczos). Raises UserError for a place that
-    holds no pictures.
+    holds no images.
     """
 
     def __init__(self, place: str | Path, side: int):
         place = Path(place)
         if not place.exists():
-            raise UserError(f"{place} does not exist: name a folder of pictures or an .npy file of them.")
-        self._pictures, self._side = _files(place) if place.is_dir() else _array(place), side
+            raise UserError(f"{place} does not exist: name a folder of images or an .npy file of them.")
+        self._images, self._side = _files(place) if place.is_dir() else _array(place), side
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
     def batches(self, size: int, n: int) -> Iterator[UInt8[np.ndarray, "n side side 3"]]:
-        """The first n pictures, ``size`` at a time; raises UserError for a file that is not a picture."""
+        """The first n images, ``size`` at a time; raises UserError for a file that is not an image."""
         for start in range(0, n, size):
-            yield np.stack([_squared(_opened(one), self._side) for one in self._pictures[start : min(start + size, n)]])
+            yield np.stack([_squared(_opened(one), self._side) for one in self._images[start : min(start + size, n)]])
 
 
 def _files(folder: Path) -> list[Path]:
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not files:
-        raise UserError(f"{folder} holds no pictures: name a folder of {', '.join(SUFFIXES)} files.")
+        raise UserError(f"{folder} holds no images: name a folder of {', '.join(SUFFIXES)} files.")
     return files
 
 
@@ -55,10 +55,10 @@ def _opened(one: Path | np.ndarray) -> Image.Image:
     return open_image(one) if isinstance(one, Path) else Image.fromarray(one)
 
 
-def _squared(picture: Image.Image, side: int) -> UInt8[np.ndarray, "side side 3"]:
-    if picture.size != (side, side):
-        shorter = min(picture.size)
-        left, top = ((length - shorter) // 2 for length in picture.size)
+def _squared(image: Image.Image, side: int) -> UInt8[np.ndarray, "side side 3"]:
+    if image.size != (side, side):
+        shorter = min(image.size)
+        left, top = ((length - shorter) // 2 for length in image.size)
         box = (left, top, left + shorter, top + shorter)
-        picture = picture.crop(box).resize((side, side), Image.Resampling.LANCZOS)
-    return np.asarray(picture)
+        image = image.crop(box).resize((side, side), Image.Resampling.LANCZOS)
+    return np.asarray(image)

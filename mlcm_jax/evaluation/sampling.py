@@ -1,4 +1,4 @@
-"""All prompts of an evaluation drawn with one pipeline, batch by batch, from noise that every sampler shares."""
+"""Samples of all prompts of an evaluation by one pipeline, batch by batch, from noise that every sampler shares."""
 
 import dataclasses
 import time
@@ -18,7 +18,7 @@ from mlcm_jax.sampling.decode import decode
 from mlcm_jax.sampling.sample import draw_noise, sample_latents
 from mlcm_jax.types import Latents
 
-AFTER_ALL_PICTURES = 2**32 - 1  # folded into the seed where draw_noise folds in a picture's number
+AFTER_ALL_IMAGES = 2**32 - 1  # folded into the seed where draw_noise folds in an image's index
 
 
 def latent_shape(pipeline: Pipeline) -> tuple[int, int, int]:
@@ -27,54 +27,54 @@ def latent_shape(pipeline: Pipeline) -> tuple[int, int, int]:
     return side, side, pipeline.unet.config.get("in_channels", 4)
 
 
-def pixels(pipeline: Pipeline) -> int:
-    """Height and width of its pictures."""
+def image_size(pipeline: Pipeline) -> int:
+    """Height and width of its images, in pixels."""
     return latent_shape(pipeline)[0] * pipeline.downscale
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
-    """A batch. rows: which pictures. latents: scaled. seconds: an image, sampling and decoding, without compiling."""
+class SampledBatch:
+    """indices: of its images. latents: scaled. seconds: an image, sampling and decoding, without compiling."""
 
-    rows: slice
+    indices: slice
     latents: Latents
     images: UInt8[np.ndarray, "n H W 3"]
     seconds: float
 
 
-class Artist:
-    """Draws prompts with one pipeline by its own scheduler; picture i has the same noise for every artist and n."""
+class Sampler:
+    """Samples prompts with one pipeline by its own scheduler; image i has the same noise for every sampler and n."""
 
     def __init__(
         self, pipeline: Pipeline, prompts: Sequence[str], *, name: str, guidance_scale: float, batch_size: int
     ):
         self.name, self.scheduler, self.guidance_scale = name, pipeline.scheduler_config["_class_name"], guidance_scale
         self._pipeline, self._size, self._programs = pipeline, min(batch_size, len(prompts)), set()
-        self._conditioning = encode_prompts(pipeline, list(prompts), pixels(pipeline))
-        self._unconditional = unconditional(pipeline, self._size, pixels(pipeline))
+        self._conditioning = encode_prompts(pipeline, list(prompts), image_size(pipeline))
+        self._unconditional = unconditional(pipeline, self._size, image_size(pipeline))
 
-    def draw(self, num_steps: int, *, seeds: Sequence[int], n: int) -> Iterator[Drawn]:
+    def sample(self, num_steps: int, *, seeds: Sequence[int], n: int) -> Iterator[SampledBatch]:
         """The first n prompts from the first seed's noise, then from the next one's.
 
         All batches have one size, so that a program compiles once; the last one is cut.
         """
         noise = jnp.concatenate([draw_noise(seed, n, latent_shape(self._pipeline)) for seed in seeds])
-        sampler_rng = jax.random.fold_in(seed_key(seeds[0]), AFTER_ALL_PICTURES)
+        sampler_rng = jax.random.fold_in(seed_key(seeds[0]), AFTER_ALL_IMAGES)
         self._compile(noise, num_steps, n)
         for batch, start in enumerate(range(0, len(noise), self._size)):
             begin = time.perf_counter()
             latents, images = self._batch(noise, num_steps, start, n, jax.random.fold_in(sampler_rng, batch))
             seconds = (time.perf_counter() - begin) / self._size
-            rows = slice(start, min(start + self._size, len(noise)))
-            yield Drawn(rows, latents[: rows.stop - start], images[: rows.stop - start], seconds)
+            indices = slice(start, min(start + self._size, len(noise)))
+            yield SampledBatch(indices, latents[: indices.stop - start], images[: indices.stop - start], seconds)
 
     def _batch(self, noise: Latents, num_steps: int, start: int, n: int, rng: jax.Array) -> tuple[Latents, np.ndarray]:
-        rows = np.arange(start, start + self._size) % len(noise)
+        indices = np.arange(start, start + self._size) % len(noise)
         latents = sample_latents(
             self._pipeline.unet,
             self._pipeline.scheduler_config,
-            noise[rows],
-            jax.tree.map(lambda x: x[rows % n], self._conditioning),
+            noise[indices],
+            jax.tree.map(lambda x: x[indices % n], self._conditioning),
             self._unconditional,
             guidance_scale=self.guidance_scale,
             num_steps=num_steps,
@@ -83,7 +83,7 @@ class Artist:
         return latents, decode(self._pipeline.vae, latents)
 
     def _compile(self, noise: Latents, num_steps: int, n: int) -> None:
-        """Draw a batch for nothing when the next one would meet a program that has not been compiled."""
+        """Sample a batch, and forget it, when the next one would meet a program that has not been compiled."""
         arrays = step_table(self._pipeline.scheduler_config, num_steps).arrays
         program = tuple((name, array.shape, array.dtype.name) for name, array in arrays.items())
         if program not in self._programs:
@@ -96,9 +96,9 @@ def check_samplers(pipelines: dict[str, Pipeline], steps: Sequence[int], referen
     for name, pipeline in pipelines.items():
         for num_steps in [*steps, reference_steps] if name == "baseline" else steps:
             step_table(pipeline.scheduler_config, num_steps)
-    shapes = {name: (*latent_shape(pipeline), pixels(pipeline)) for name, pipeline in pipelines.items()}
+    shapes = {name: (*latent_shape(pipeline), image_size(pipeline)) for name, pipeline in pipelines.items()}
     if len(set(shapes.values())) > 1:
-        described = {name: f"latents {list(shape[:3])} and pictures of {shape[3]} px" for name, shape in shapes.items()}
+        described = {name: f"latents {list(shape[:3])} and images of {shape[3]} px" for name, shape in shapes.items()}
         raise UserError(
             f"The model has {described['model']}, the baseline {described['baseline']}: name a model "
             "that was distilled from this baseline."

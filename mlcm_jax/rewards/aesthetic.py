@@ -15,7 +15,7 @@ from mlcm_jax.hub.pipeline import load_network, parameter_shapes
 from mlcm_jax.models.clip import CLIPModel
 from mlcm_jax.rewards.networks.blip import ScoreHead
 from mlcm_jax.rewards.preprocess import Preprocessor
-from mlcm_jax.rewards.reward_model import Judge, judge_file, no_tokens, unit
+from mlcm_jax.rewards.reward_model import RewardModel, RewardModelSpec, no_tokens, unit, weights_file
 
 WEIGHTS = "aesthetic.safetensors"
 
@@ -30,14 +30,17 @@ class AestheticPredictor(nn.Module):
         return self.head(unit(self.clip.encode_images(pixels)))
 
 
-def load_aesthetic(folder: str | Path, *, dtype: Any = jnp.float32) -> Judge:
+def load_aesthetic(folder: str | Path, *, dtype: Any = jnp.float32) -> RewardModel:
     """Read a transformers CLIPModel folder (openai/clip-vit-large-patch14) with ``aesthetic.safetensors`` in it.
 
     Raises UserError for a missing file, an unsupported setting and unfit weights, such as a head of another CLIP.
     """
-    file, preprocessor = judge_file(folder, WEIGHTS), Preprocessor.from_folder(folder)
+    file, preprocessor = weights_file(folder, WEIGHTS), Preprocessor.from_folder(folder)
     network, head = load_network(folder, "CLIPModel", dtype=dtype), ScoreHead()
     clip = cast(CLIPModel, network.module)
     shapes = parameter_shapes(head, jnp.zeros((1, clip.projection_dim)))
     params = {"clip": network.params, "head": load_params(shapes, file)}
-    return Judge(AestheticPredictor(clip, head), params, preprocessor, no_tokens)
+    return RewardModel(AestheticPredictor(clip, head), params, preprocessor, no_tokens)
+
+
+AESTHETIC = RewardModelSpec("aesthetic", "aesthetic score", "looks, 1 to 10, whatever the prompt", load_aesthetic)

@@ -1,6 +1,6 @@
 """Features of EfficientNet-Lite, a classifier of ImageNet's photographs (arXiv 1905.11946).
 
-It has learnt nothing from captions, nor from the pictures of examples/emoji.
+It was not trained on captions, nor on the images of examples/emoji.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from mlcm_jax.hub.load import load_params, read_json
 from mlcm_jax.hub.network import Network, parameter_shapes
 from mlcm_jax.rewards.networks.efficientnet_lite import EfficientNetLite
 from mlcm_jax.rewards.preprocess import Preprocessor
-from mlcm_jax.rewards.reward_model import chunks
+from mlcm_jax.rewards.reward_model import batch_indices
 from mlcm_jax.types import Params
 
 CHUNK = 32  # images at a time
@@ -36,15 +36,15 @@ PREPROCESSOR = Preprocessor(
 
 @dataclasses.dataclass(frozen=True)
 class EfficientNetFeatures:
-    """Extractor of 1280 features an image: the last ones, averaged over all places."""
+    """Extracts 1280 features an image: the last ones, averaged over all places."""
 
     network: Network
 
     def __call__(self, images: UInt8[np.ndarray, "n H W 3"]) -> Float[np.ndarray, "n 1280"]:
         """Features of images of one size, resized to ``SIDE`` (PIL's bicubic); ``CHUNK`` images at a time."""
         module, params = self.network.module, self.network.params
-        rows = chunks(len(images), CHUNK)
-        features = [np.asarray(_encode(module, params, PREPROCESSOR(images[chunk]))) for chunk in rows]
+        batches = batch_indices(len(images), CHUNK)
+        features = [np.asarray(_encode(module, params, PREPROCESSOR(images[indices]))) for indices in batches]
         return np.concatenate(features)[: len(images)]
 
     def features(self, params: Params, images: Float[Array, "n H W 3"]) -> Float[Array, "n 1280"]:

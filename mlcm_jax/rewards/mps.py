@@ -1,4 +1,4 @@
-"""Multi-dimensional Preference Score (arXiv 2405.14705): people's choices between two pictures, by a condition."""
+"""Multi-dimensional Preference Score (arXiv 2405.14705): people's choices between two images, under a condition."""
 
 import re
 from functools import partial
@@ -13,13 +13,13 @@ from mlcm_jax.hub.layout import Layout, Place
 from mlcm_jax.hub.load import load_params, read_json
 from mlcm_jax.hub.network import parameter_shapes
 from mlcm_jax.models.clip import CLIPModel
-from mlcm_jax.rewards.clip_score import load_scorer_tokenizer, scorer_tokens
+from mlcm_jax.rewards.clip_features import clip_tokens, load_clip_tokenizer
 from mlcm_jax.rewards.networks.cross_model import CrossModel
 from mlcm_jax.rewards.preprocess import Preprocessor
-from mlcm_jax.rewards.reward_model import Judge, judge_file, unit
+from mlcm_jax.rewards.reward_model import RewardModel, RewardModelSpec, unit, weights_file
 
 WEIGHTS = "mps.safetensors"
-# What the published weights were trained to judge by, for the overall score.
+# What the published weights compare images by for the overall score.
 CONDITION = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, "
     "texture, quantity, attributes, position, number, location, word, things."
@@ -53,9 +53,9 @@ LAYOUT = Layout(_places)
 
 
 class MPS(nn.Module):
-    """Scaled cosine of a prompt with its picture, as that looks under a condition.
+    """Scaled cosine of a prompt and its image under a condition.
 
-    condition: token ids of what a picture is judged by, as long as a prompt's.
+    condition: token ids of what images are compared by, as many as a prompt has.
     """
 
     model: CLIPModel
@@ -88,19 +88,22 @@ def meant(words: Float[Array, "n t d"], condition: Float[Array, "1 t d"]) -> Boo
     return (alike / alike.max(axis=-1, keepdims=True) > THRESHOLD)[:, None, None]
 
 
-def load_mps(folder: str | Path, *, dtype: Any = jnp.float32, **sizes: Any) -> Judge:
+def load_mps(folder: str | Path, *, dtype: Any = jnp.float32, **sizes: Any) -> RewardModel:
     """Read ``mps.safetensors`` in the folder of the CLIP that it was tuned from; scores are 10 or so.
 
     The folder (laion/CLIP-ViT-H-14-laion2B-s32B-b79K) has config.json, tokenizer and preprocessor_config.json.
     sizes: of the layers on top, where they are not the published ones. Raises UserError for a missing
     file, an unsupported setting and unfit weights.
     """
-    file = judge_file(folder, WEIGHTS)
-    preprocessor, tokenizer = Preprocessor.from_folder(folder), load_scorer_tokenizer(folder)
+    file = weights_file(folder, WEIGHTS)
+    preprocessor, tokenizer = Preprocessor.from_folder(folder), load_clip_tokenizer(folder)
     clip = CLIPModel.from_config(read_json(Path(folder) / "config.json"), dtype=dtype)
-    tokens = partial(scorer_tokens, tokenizer, clip.text)
+    tokens = partial(clip_tokens, tokenizer, clip.text)
     condition = tokens([CONDITION])
     module = MPS(clip, tuple(condition[0].tolist()), **sizes)
     side = clip.vision.image_size
     shapes = parameter_shapes(module, jnp.zeros((1, side, side, 3)), jnp.asarray(condition))
-    return Judge(module, load_params(shapes, file, layout=LAYOUT, ignored=UNUSED), preprocessor, tokens)
+    return RewardModel(module, load_params(shapes, file, layout=LAYOUT, ignored=UNUSED), preprocessor, tokens)
+
+
+MPS_SCORE = RewardModelSpec("mps", "MPS", "preference of people for the prompt, over all its conditions", load_mps)

@@ -129,7 +129,7 @@ class Preprocessor:
         (height, width), (crop_height, crop_width) = pixels.shape[1:3], self.crop or pixels.shape[1:3]
         if crop_height > height or crop_width > width:
             raise UserError(
-                f"Images of {height} x {width} pixels are smaller than the scorer's crop of {crop_height} x "
+                f"Images of {height} x {width} pixels are smaller than the preprocessor's crop of {crop_height} x "
                 f"{crop_width}: use larger images or a preprocessor_config.json that resizes them."
             )
         top, left = (height - crop_height) // 2, (width - crop_width) // 2

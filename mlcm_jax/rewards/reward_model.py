@@ -1,4 +1,4 @@
-"""A judge: a network that gives each picture one number, with or without its prompt."""
+"""Reward models: networks that give each image one number, with or without its prompt."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -16,14 +16,14 @@ from mlcm_jax.errors import UserError
 from mlcm_jax.rewards.preprocess import Preprocessor
 from mlcm_jax.types import Params
 
-CHUNK = 16  # pictures that are judged at a time
+CHUNK = 16  # images that are scored at a time
 
 Tokens = Int[np.ndarray, "n t"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Judge:
-    """``module.apply({"params": params}, pixels, tokens)`` is one float32 number a picture; more is better.
+class RewardModel:
+    """``module.apply({"params": params}, pixels, tokens)`` is one float32 score an image; more is better.
 
     tokenize: prompts to ids [n t], or to [n 0] where the prompt does not count.
     """
@@ -34,16 +34,15 @@ class Judge:
     tokenize: Callable[[Sequence[str]], Tokens]
 
     def __call__(self, images: UInt8[np.ndarray, "n H W 3"], prompts: Sequence[str]) -> Float[np.ndarray, " n"]:
-        """Scores of pictures, each for its own prompt; at most ``CHUNK`` pictures at a time.
+        """Scores of images, each for its own prompt; at most ``CHUNK`` images at a time.
 
-        Raises UserError when there are not as many prompts as pictures, and for sizes the network does not take.
+        Raises UserError when there are not as many prompts as images, and for sizes the network does not take.
         """
-        if len(images) != len(prompts):
-            raise UserError(f"There are {len(images)} pictures and {len(prompts)} prompts: give each picture its own.")
+        check_prompts(images, prompts)
         tokens, scores = self.tokenize(prompts), []
-        for rows in chunks(len(images), CHUNK):
-            pixels = self.preprocessor(images[rows])
-            scores.append(np.asarray(_score(self.module, self.params, pixels, tokens[rows])))
+        for indices in batch_indices(len(images), CHUNK):
+            pixels = self.preprocessor(images[indices])
+            scores.append(np.asarray(_score(self.module, self.params, pixels, tokens[indices])))
         return np.concatenate(scores)[: len(images)]
 
     def reward(self, params: Params, images: Float[Array, "n H W 3"], tokens: Int[Array, "n t"]) -> Float[Array, " n"]:
@@ -52,24 +51,47 @@ class Judge:
         return scores
 
 
+@dataclasses.dataclass(frozen=True)
+class RewardModelSpec:
+    """A kind of reward model: what the registry holds.
+
+    name: in flags, and of the figure NAME_score. title: of its score in reports. measures: what the score says.
+    load: ``load(folder, dtype=...)`` reads it, to be computed in ``dtype``, and raises UserError for an unfit folder.
+    """
+
+    name: str
+    title: str
+    measures: str
+    load: Callable[..., RewardModel]
+
+
 @partial(jax.jit, static_argnames=("module",))
 def _score(module, params, pixels, tokens):
     return module.apply({"params": params}, pixels, tokens)
 
 
-def chunks(n: int, size: int) -> Iterator[Int[np.ndarray, " size"]]:
-    """Row numbers, at most ``size`` at a time and always as many, so that a program compiles once: the last wrap."""
+def check_prompts(images: UInt8[np.ndarray, "n H W 3"], prompts: Sequence[str]) -> None:
+    """Raise UserError when there are not as many prompts as images."""
+    if len(images) != len(prompts):
+        raise UserError(f"There are {len(images)} images and {len(prompts)} prompts: give each image its own.")
+
+
+def batch_indices(n: int, size: int) -> Iterator[Int[np.ndarray, " size"]]:
+    """Indices of n examples in batches of one size, at most ``size``, so that a program compiles once.
+
+    The last batch wraps around: leave out what comes after the first n results.
+    """
     size = min(size, n)
     for start in range(0, n, size):
         yield np.arange(start, start + size) % n
 
 
 def no_tokens(prompts: Sequence[str]) -> Tokens:
-    """For judges that look at the picture alone."""
+    """For reward models that look at the image alone."""
     return np.zeros((len(prompts), 0), np.int32)
 
 
-def judge_file(folder: str | Path, name: str) -> Path:
+def weights_file(folder: str | Path, name: str) -> Path:
     """A weights file that a user has put into a folder; raises UserError when it is not there."""
     path = Path(folder) / name
     if not path.is_file():
@@ -78,6 +100,6 @@ def judge_file(folder: str | Path, name: str) -> Path:
 
 
 def unit(x: Float[Array, "n d"]) -> Float[Array, "n d"]:
-    """Rows of length one, float32."""
+    """Vectors of length one, float32."""
     x = x.astype(jnp.float32)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Key, UInt8
 
 from mlcm_jax.data.npy import read_npy
 from mlcm_jax.errors import UserError
-from mlcm_jax.evaluation.real_images import RealPictures
+from mlcm_jax.evaluation.real_images import RealImages
 from mlcm_jax.hub.pipeline import Network
 from mlcm_jax.images import to_float
 from mlcm_jax.models.latent_lpips import LatentLPIPS
@@ -123,7 +123,7 @@ def bapps_triplets(root: str | Path, vae: Network, image_size: int, batch_size: 
     parts = []
     for group in groups:
         judge = np.asarray([_judgement(file) for file in sorted((group / "judge").glob("*.npy"))], np.float32)
-        pictures = [RealPictures(group / name, image_size) for name in LayoutFolders[:3]]
+        pictures = [RealImages(group / name, image_size) for name in LayoutFolders[:3]]
         if any(len(p) != len(judge) for p in pictures):
             raise UserError(
                 f"{group} has {len(judge)} judgements for {', '.join(str(len(p)) for p in pictures)} pictures."
@@ -140,7 +140,7 @@ def _judgement(file: Path) -> float:
     return float(values[0])
 
 
-def _encoded(vae: Network, pictures: RealPictures, n: int) -> Iterator[np.ndarray]:
+def _encoded(vae: Network, pictures: RealImages, n: int) -> Iterator[np.ndarray]:
     for batch in pictures.batches(n, len(pictures)):
         padded = np.concatenate([batch, np.repeat(batch[-1:], n - len(batch), axis=0)])
         yield encode(vae, padded)[: len(batch)]

@@ -8,16 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-UNKNOWN_ENTRY = (
-    "from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({'num_pictures': 3})\n"
-)
+UNKNOWN_ENTRY = "from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({'num_photos': 3})\n"
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--config=configs/eval_coco5k.py", "--prompts={folder}/prompts.txt"], "--num_images=5000 is more than the 4"),
-        (["--config={folder}/unknown.py"], "the entry 'num_pictures', which is no flag"),
+        (["--config={folder}/unknown.py"], "the entry 'num_photos', which is no flag"),
         (["--config=configs/nothing.py"], "--config=configs/nothing.py is not a configuration file"),
     ],
 )
@@ -32,11 +30,11 @@ def test_config_of_an_evaluation(args, message, tmp_path):
     assert message in result.stderr
 
 
-def test_judges_of_the_config_are_in_the_tables():
+def test_networks_of_the_config_are_in_the_registries():
     from configs.eval_coco5k import get_config
-    from mlcm_jax.evaluation.extractors import EXTRACTORS
-    from mlcm_jax.rewards.registry import SCORERS, parse_places
+    from mlcm_jax.evaluation.extractors.registry import FEATURE_EXTRACTORS
+    from mlcm_jax.rewards.registry import REWARD_MODELS, parse_places
 
     config = get_config()
-    assert set(parse_places("scorers", config.scorers, list(SCORERS))) == {"aesthetic", "image_reward"}
-    assert set(parse_places("features", config.features, list(EXTRACTORS))) == {"inception"}
+    assert set(parse_places("scorers", config.scorers, REWARD_MODELS)) == {"aesthetic", "image_reward"}
+    assert set(parse_places("features", config.features, FEATURE_EXTRACTORS)) == {"inception"}

@@ -14,7 +14,7 @@ from tiny_models import TEXT, randomise, tiny_tokenizer
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from mlcm_jax.errors import UserError
-from mlcm_jax.evaluation.real_images import RealPictures
+from mlcm_jax.evaluation.real_images import RealImages
 
 ROOT = Path(__file__).parents[2]
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -33,7 +33,7 @@ def evaluate(**flags):
 
 @pytest.fixture(scope="module")
 def inputs(sdxl_folder, tmp_path_factory):
-    """Flags: a model and a copy of it as the baseline, a scorer, 9 prompts and 9 pictures."""
+    """Flags: a model and a copy of it as the baseline, a scorer, 9 prompts and 9 images."""
     folder = tmp_path_factory.mktemp("evaluate")
     scorer, prompts = folder / "scorer", folder / "prompts.txt"
     model = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=6))
@@ -51,7 +51,7 @@ def inputs(sdxl_folder, tmp_path_factory):
 def test_a_model_that_is_its_baseline(inputs, tmp_path):
     """Two full batches and a part of a third; the reference is not among the steps, and is a row all the same."""
     sizes = {"num_images": 8, "batch_size": 3, "steps": "2,1", "reference_steps": 5, "resamples": 20}
-    again = f"clip-again={inputs['scorer']}"  # a second judge, which is the first
+    again = f"clip-again={inputs['scorer']}"  # a second one, which is the first
     sizes |= {"features": f"clip={inputs['scorer']},{again}", "scorers": again}
     sizes |= {"guidance_scale": 3, "baseline_guidance_scale": 3, "diversity_prompts": 4, "diversity_seeds": 2}
     result = evaluate(**inputs, **sizes, data_matches_prompts=True, out=tmp_path / "out")
@@ -89,12 +89,12 @@ def test_a_model_that_is_its_baseline(inputs, tmp_path):
 
     tables = (tmp_path / "out" / "results.md").read_text()
     assert result.stdout == tables and tables.count("\n## ") + tables.startswith("## ") == 5
-    for picture in ("grid.png", "metrics.png"):
-        assert np.asarray(Image.open(tmp_path / "out" / picture).convert("L")).std() > 1
+    for image in ("grid.png", "metrics.png"):
+        assert np.asarray(Image.open(tmp_path / "out" / image).convert("L")).std() > 1
 
 
 def test_a_model_alone(inputs, tmp_path):
-    """Without a baseline and real pictures only the figures that need neither."""
+    """Without a baseline and real images only the figures that need neither."""
     alone = {name: inputs[name] for name in ("model", "scorer", "prompts")}
     result = evaluate(**alone, num_images=4, steps=1, diversity_prompts=0, out=tmp_path / "out")
     assert result.returncode == 0, result.stderr
@@ -105,23 +105,23 @@ def test_a_model_alone(inputs, tmp_path):
     assert row["guidance_scale"] == 5
 
 
-def test_pictures_of_a_folder(tmp_path):
+def test_images_of_a_folder(tmp_path):
     """By name, cropped about the centre and resized; an array of them is the same."""
     wide = np.zeros((40, 60, 3), np.uint8)
     wide[:, 10:50] = 200  # all that is left is of one colour
     Image.fromarray(wide).save(tmp_path / "b.png")
     Image.fromarray(np.full((20, 20, 3), 90, np.uint8)).save(tmp_path / "a.PNG")
-    (tmp_path / "notes.txt").write_text("no picture")
-    real = RealPictures(tmp_path, 20)
+    (tmp_path / "notes.txt").write_text("no image")
+    real = RealImages(tmp_path, 20)
     assert len(real) == 2
     first, second = real.batches(1, 2)
     assert first.shape == second.shape == (1, 20, 20, 3) and (first == 90).all() and (second == 200).all()
     np.save(tmp_path / "all.npy", np.concatenate([first, second]))
-    (both,) = RealPictures(tmp_path / "all.npy", 20).batches(5, 2)
+    (both,) = RealImages(tmp_path / "all.npy", 20).batches(5, 2)
     np.testing.assert_array_equal(both, np.concatenate([first, second]))
 
 
-def test_a_file_that_is_no_picture(tmp_path):
-    (tmp_path / "broken.png").write_text("no picture")
+def test_a_file_that_is_no_image(tmp_path):
+    (tmp_path / "broken.png").write_text("no image")
     with pytest.raises(UserError, match=r"broken.png cannot be read as an image .* replace it or take it away"):
-        list(RealPictures(tmp_path, 8).batches(1, 1))
+        list(RealImages(tmp_path, 8).batches(1, 1))

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from mlcm_jax.errors import UserError
-from mlcm_jax.evaluation.frechet import frechet_distance
+from mlcm_jax.evaluation.metrics.frechet_distance import frechet_distance
 
 RNG = np.random.default_rng(0)
 
 
 def with_moments(mean, covariance, n=50):
-    """n rows whose sample mean and unbiased sample covariance are exactly these."""
+    """n examples whose sample mean and unbiased sample covariance are exactly these."""
     x = RNG.normal(size=(n, len(mean)))
     whitened, _ = np.linalg.qr(x - x.mean(axis=0))
     return whitened * np.sqrt(n - 1) @ np.linalg.cholesky(covariance).T + mean
@@ -51,13 +51,13 @@ def test_symmetry_rotation_and_shift():
 
 
 @pytest.mark.parametrize("shape", [(20, 5), (5, 20), (2, 64)])
-def test_zero_for_itself_also_with_few_rows(shape):
+def test_zero_for_itself_also_with_few_examples(shape):
     a = RNG.normal(size=shape) * 10
     assert frechet_distance(a, a.copy()) == pytest.approx(0.0, abs=1e-9)
 
 
-def test_few_rows_span_a_line():
-    """Two rows give rank one: along orthogonal lines nothing is shared, and the traces add up."""
+def test_few_examples_span_a_line():
+    """Two examples give rank one: along orthogonal lines nothing is shared, and the traces add up."""
     a, b = np.zeros((2, 8)), np.zeros((2, 8))
     a[:, 0], b[:, 5] = (-1.0, 1.0), (-3.0, 3.0)
     assert frechet_distance(a, b) == pytest.approx(2.0 + 18.0, rel=1e-12)
@@ -79,7 +79,7 @@ def test_sampled_gaussians():
 @pytest.mark.parametrize(
     ("a", "b", "message"),
     [
-        (np.zeros((1, 3)), np.zeros((5, 3)), "have no covariance: give two rows"),
+        (np.zeros((1, 3)), np.zeros((5, 3)), "have no covariance: give two examples"),
         (np.zeros((5, 3)), np.zeros((5, 4)), "width 3 and 4"),
         (np.full((5, 3), np.nan), np.zeros((5, 3)), "not finite"),
     ],

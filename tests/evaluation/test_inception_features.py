@@ -1,4 +1,4 @@
-"""Inception features against pytorch-fid's, from uint8 pictures on."""
+"""Inception features against pytorch-fid's, from uint8 images on."""
 
 import jax
 import jax.numpy as jnp
@@ -6,26 +6,26 @@ import jax.test_util
 import numpy as np
 import pytest
 import torch
-from recorded_weights import pictures, recorded
+from recorded_weights import example_images, recorded
 from safetensors.numpy import save_file
 from torch_weights import assert_close, network_weights
 
 from mlcm_jax.errors import UserError
-from mlcm_jax.evaluation import inception_features
-from mlcm_jax.evaluation.inception_features import load_inception
+from mlcm_jax.evaluation.extractors import inception as inception_features
+from mlcm_jax.evaluation.extractors.inception import load_inception
 from mlcm_jax.evaluation.networks.inception import InceptionV3, Mixed, resize_like_torch
 
 
 def test_inception_is_pytorch_fid(tmp_path, monkeypatch):
-    """Pictures are enlarged (64) and shrunk (320) on the way; more of them than are encoded at a time."""
+    """Images are enlarged (64) and shrunk (320) on the way; more of them than are encoded at a time."""
     monkeypatch.setattr(inception_features, "CHUNK", 2)
     # The recorded weights depend on torch's names and shapes: a wrong one here would give other features.
     tensors = network_weights(InceptionV3(), np.zeros((1, 299, 299, 3)))
     extra = {"fc.weight": np.zeros((8, 4), np.float32), "Mixed_5b.branch1x1.bn.num_batches_tracked": np.array([3])}
     save_file(tensors | extra, tmp_path / "inception.safetensors")
     inception, (want, _) = load_inception(tmp_path / "inception.safetensors"), recorded("inception")
-    assert_close(inception(pictures(2, 64, 64)), want["features_64"])
-    large = pictures(2, 320, 320)
+    assert_close(inception(example_images(2, 64, 64)), want["features_64"])
+    large = example_images(2, 320, 320)
     assert_close(inception(large[[0, 1, 0]]), want["features_320"][[0, 1, 0]])
     floats = large.astype(np.float32) / 127.5 - 1
     assert_close(jax.jit(inception.features)(inception.params, floats), want["features_320"])
@@ -45,7 +45,7 @@ def test_blocks_are_differentiable(max_pool):
 
 @pytest.mark.parametrize("shape", [(40, 64), (320, 350)])
 def test_resize_like_torch(shape):
-    x = pictures(1, *shape).astype(np.float32)
+    x = example_images(1, *shape).astype(np.float32)
     theirs = torch.nn.functional.interpolate(torch.from_numpy(x).permute(0, 3, 1, 2), (299, 299), mode="bilinear")
     assert_close(resize_like_torch(jnp.asarray(x)), theirs.permute(0, 2, 3, 1), tolerance=1e-5)
 

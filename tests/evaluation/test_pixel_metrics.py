@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from mlcm_jax.evaluation.background import background_noise
-from mlcm_jax.evaluation.high_frequency import high_frequency_energy
-from mlcm_jax.evaluation.measure import Measured, pixel_figures
-from mlcm_jax.evaluation.noise_level import noise_level
+from mlcm_jax.evaluation.measure import Measurements, relative_figures
+from mlcm_jax.evaluation.metrics.background_noise import BACKGROUND_NOISE, background_noise
+from mlcm_jax.evaluation.metrics.high_frequency_energy import HIGH_FREQUENCY_ENERGY, high_frequency_energy
+from mlcm_jax.evaluation.metrics.noise_level import noise_level
 
 
 def on_white(n=1, side=32, colour=(200, 30, 30)):
@@ -49,19 +49,22 @@ def test_background_noise():
     assert background_noise(np.zeros((1, 8, 8, 3), np.uint8)) == [0]
 
 
-def test_background_noise_is_of_whole_pictures():
+def test_background_noise_is_of_whole_images():
     """Half of Gaussian noise is beyond white; of the rest some 0.8 is further than 3 of 255 in a colour or another."""
     assert background_noise(noisy(on_white(side=64), 6))[0] == pytest.approx(0.7, abs=0.2)
 
 
-def test_figures_against_real_pictures():
-    def measured(images):
-        return Measured({}, {"energy": high_frequency_energy(images), "background": background_noise(images)})
+def test_figures_against_real_images():
+    metrics = (HIGH_FREQUENCY_ENERGY, BACKGROUND_NOISE)
 
-    real, drawn = noisy(on_white(9), 5), noisy(on_white(9), 9, seed=1)
-    found = pixel_figures(measured(drawn), measured(real), paired=True)
-    assert found["energy/pixels/data"].value > 1
-    assert found["background/pixels/data"].value > 1
-    same = pixel_figures(measured(real), measured(real), paired=True)["energy/pixels/data"]
+    def compared(images, reference):
+        measured = [Measurements({}, {m.name: m({"images": one}) for m in metrics}) for one in (images, reference)]
+        return {column.key: figure for column, figure in relative_figures(metrics, *measured, paired=True).items()}
+
+    real, samples = noisy(on_white(9), 5), noisy(on_white(9), 9, seed=1)
+    found = compared(samples, real)
+    assert found["high_frequency_energy/pixels/data"].value > 1
+    assert found["background_noise/pixels/data"].value > 1
+    same = compared(real, real)["high_frequency_energy/pixels/data"]
     np.testing.assert_allclose([same.value, *same.interval], 1)
-    assert "background/pixels/data" not in pixel_figures(measured(drawn), measured(on_white(9)), paired=True)
+    assert "background_noise/pixels/data" not in compared(samples, on_white(9))

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from mlcm_jax.errors import UserError
-from mlcm_jax.evaluation.extractors import EXTRACTORS, Extractor
-from mlcm_jax.evaluation.measure import Judges, Seen, figures, set_figures
-from mlcm_jax.evaluation.principal_components import PrincipalComponents
+from mlcm_jax.evaluation.extractors.base import FeatureExtractor
+from mlcm_jax.evaluation.extractors.registry import FEATURE_EXTRACTORS
+from mlcm_jax.evaluation.measure import Networks, figures, set_figures
+from mlcm_jax.evaluation.metrics.base import FeaturePair
+from mlcm_jax.evaluation.statistics.principal_components import PrincipalComponents
 
 
 def normal(*shape, seed=0):
@@ -39,28 +41,31 @@ def test_independent_features_are_reported_first():
     """Whatever the order that they were asked for in; and how many components were used is said."""
 
     def extractor(name):
-        return Extractor(EXTRACTORS[name], "FOLDER", lambda images: normal(len(images), 6, seed=images.sum()))
+        return FeatureExtractor(
+            FEATURE_EXTRACTORS[name], "FOLDER", lambda images: normal(len(images), 6, seed=images.sum())
+        )
 
     images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)
     extractors = {"clip": extractor("clip"), "efficientnet": extractor("efficientnet")}
-    measured = Judges(cast(Any, None), {}, extractors).measure([images[:5], images[5:]])
-    seen = Seen(measured, {"clip_score": np.ones(8)}, images[:1])
-    found = list(figures(seen, measured, measured, extractors, data_matches_prompts=True, num_resamples=3))
+    networks = Networks(cast(Any, None), {"clip": lambda images, prompts: np.ones(len(images))}, extractors)
+    measured = networks.measure({"images": part, "prompts": [""] * len(part)} for part in (images[:5], images[5:]))
+    columns = figures(measured, measured, measured, networks, data_matches_prompts=True, num_resamples=3)
+    found = [column.key for column in columns]
     kinds = dict.fromkeys(name.split("/")[1] if "/" in name else "" for name in found)
     assert list(kinds) == ["efficientnet", "pixels", "clip", ""]
-    assert extractors["efficientnet"].described({"data": 8, "baseline": 512}).endswith(": 7 of data, 256 of baseline")
-    assert "components" not in extractors["clip"].described({"data": 8})
+    assert extractors["efficientnet"].describe({"data": 8, "baseline": 512}).endswith(": 7 of data, 256 of baseline")
+    assert "components" not in extractors["clip"].describe({"data": 8})
 
 
 def test_frechet_distance_in_the_reference_s_components():
     """A difference in a direction that the reference hardly has is not counted; other figures see all features."""
     reference, shift = normal(60, 8), np.eye(8)
     along, across = reference + 20 * shift[7], reference + 20 * shift[0]
-    found = [set_figures(x, reference, paired=True, num_resamples=5, components=3) for x in (along, across)]
+    found = [set_figures(FeaturePair(x, reference, True, 5, components=3)) for x in (along, across)]
     assert found[0]["frechet_distance"].value == pytest.approx(400, rel=0.05)
     assert found[1]["frechet_distance"].value < 20
     assert found[1]["kernel_distance"].value > 0 and found[1]["precision"].value < 1
     for one in found:  # resamples are projected as the sets are: a paired shift stays what it is
         np.testing.assert_allclose(one["frechet_distance"].replicates, one["frechet_distance"].value, rtol=1e-6)
-    whole = set_figures(across, reference, paired=True, num_resamples=5)
+    whole = set_figures(FeaturePair(across, reference, paired=True, num_resamples=5))
     assert whole["frechet_distance"].value == pytest.approx(400)

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from mlcm_jax.errors import UserError
-from mlcm_jax.evaluation import precision_recall as precision_recall_module
-from mlcm_jax.evaluation.bootstrap import counts, resampled_rows
-from mlcm_jax.evaluation.diversity import diversity
-from mlcm_jax.evaluation.kid import Kernels
-from mlcm_jax.evaluation.precision_recall import precision_recall
+from mlcm_jax.evaluation.metrics import precision_recall
+from mlcm_jax.evaluation.metrics.diversity import diversity
+from mlcm_jax.evaluation.metrics.kernel_distance import Kernels
+from mlcm_jax.evaluation.metrics.precision_recall import lies_among
+from mlcm_jax.evaluation.statistics.bootstrap import counts, resampled_indices
 
 
 def normal(*shape, seed=0):
@@ -39,11 +39,11 @@ def test_kernel_distance_against_the_sum():
 
 @pytest.mark.parametrize("paired", [False, True])
 def test_kernel_distance_of_resamples(paired):
-    """A resample's repeated rows are never paired with themselves."""
-    a, b, rows = normal(6, 4), normal(6, 4, seed=1) + 0.5, resampled_rows(6, 3)
-    found = Kernels.of(a, b, paired=paired).distance(counts(rows), counts(rows))
+    """A resample's repeated examples are never paired with themselves."""
+    a, b, indices = normal(6, 4), normal(6, 4, seed=1) + 0.5, resampled_indices(6, 3)
+    found = Kernels.of(a, b, paired=paired).distance(counts(indices), counts(indices))
     assert found.shape == (3,)
-    for value, chosen in zip(found, rows, strict=True):
+    for value, chosen in zip(found, indices, strict=True):
         want = direct_distance(a[chosen], b[chosen], lambda i, j, c=chosen: c[i] == c[j], paired)
         assert value == pytest.approx(want, rel=1e-9)
 
@@ -61,22 +61,20 @@ def test_kernel_distance_is_unbiased():
 
 def test_precision_and_recall_by_hand():
     """On a line with k = 1: members 0, 1 reach 1 and 10 reaches 9; members 0.5, 0.6 reach 0.1 and 3 reaches 2.4."""
-    real, drawn = np.array([[0.0], [1.0], [10.0]]), np.array([[0.5], [0.6], [3.0], [30.0]])
-    covered = precision_recall(drawn, real, neighbours=1)
-    assert covered.precise.tolist() == [True, True, True, False]  # 3 lies within 9 of 10
-    assert covered.recalled.tolist() == [False, True, True]  # 1 lies within 2.4 of 3; 10 within 27 of 30
+    real, samples = np.array([[0.0], [1.0], [10.0]]), np.array([[0.5], [0.6], [3.0], [30.0]])
+    precise, recalled = lies_among(samples, real, neighbours=1), lies_among(real, samples, neighbours=1)
+    assert precise.tolist() == [True, True, True, False]  # 3 lies within 9 of 10
+    assert recalled.tolist() == [False, True, True]  # 1 lies within 2.4 of 3; 10 within 27 of 30
 
 
 @pytest.mark.parametrize("chunk", [4, 1000])
 def test_precision_and_recall_of_sets(chunk, monkeypatch):
-    monkeypatch.setattr(precision_recall_module, "CHUNK", chunk)
+    monkeypatch.setattr(precision_recall, "CHUNK", chunk)
     a = normal(50, 6)
-    same = precision_recall(a, a.copy())
-    assert same.precise.all() and same.recalled.all()
-    far = precision_recall(a, a + 100)
-    assert not far.precise.any() and not far.recalled.any()
-    one_mode = precision_recall(a[:20], np.concatenate([a[:20], a[20:] + 100]))
-    assert one_mode.precise.all() and one_mode.recalled.sum() == 20
+    assert lies_among(a, a.copy()).all() and lies_among(a.copy(), a).all()
+    assert not lies_among(a, a + 100).any() and not lies_among(a + 100, a).any()
+    one_mode, two_modes = a[:20], np.concatenate([a[:20], a[20:] + 100])
+    assert lies_among(one_mode, two_modes).all() and lies_among(two_modes, one_mode).sum() == 20
 
 
 def test_diversity():
@@ -86,9 +84,9 @@ def test_diversity():
 
 
 def test_too_few():
-    with pytest.raises(UserError, match="give two rows or more"):
+    with pytest.raises(UserError, match="give two examples or more"):
         Kernels.of(normal(1, 4), normal(5, 4))
     with pytest.raises(UserError, match="give 4 or more of each"):
-        precision_recall(normal(3, 4), normal(5, 4))
-    with pytest.raises(UserError, match="draw each prompt twice or more"):
+        lies_among(normal(3, 4), normal(5, 4))
+    with pytest.raises(UserError, match="sample each prompt twice or more"):
         diversity(normal(1, 5, 4))

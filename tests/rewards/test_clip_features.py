@@ -11,7 +11,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from mlcm_jax.errors import UserError
 from mlcm_jax.rewards import clip_features
-from mlcm_jax.rewards.clip_features import image_features, load_scorer
+from mlcm_jax.rewards.clip_features import image_features, load_clip_encoder
 from mlcm_jax.rewards.preprocess import Preprocessor
 
 TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -34,7 +34,7 @@ def torch_model():
 
 
 @pytest.fixture
-def scorer_folder(torch_model, tmp_path):
+def clip_folder(torch_model, tmp_path):
     torch_model.save_pretrained(tmp_path)
     CLIPImageProcessorPil(**SQUARE).save_pretrained(tmp_path)
     return tmp_path
@@ -89,14 +89,14 @@ def test_sizes_as_old_files_write_them(tmp_path):
 
 
 @pytest.mark.parametrize("n", [3, 4, 9])
-def test_features(n, torch_model, scorer_folder, monkeypatch):
+def test_features(n, torch_model, clip_folder, monkeypatch):
     """Fewer, as many and more images than are encoded at a time."""
     monkeypatch.setattr(clip_features, "CHUNK", 4)
     x = images(n)
     inputs = CLIPImageProcessorPil(**SQUARE)(list(x), return_tensors="pt")
     with torch.no_grad():
         want = torch_model.get_image_features(**inputs).pooler_output.numpy()
-    got = image_features(load_scorer(scorer_folder), x)
+    got = image_features(load_clip_encoder(clip_folder), x)
     assert got.shape == (n, 12) and got.dtype == np.float32
     assert_close(got, want)
     assert np.abs(got[0] - got[1]).max() > 1e-3 * np.abs(want).max()
@@ -111,20 +111,23 @@ UNFIT = {
     "key": ({"patch_crop": 1}, "CLIPImageProcessor's preprocessor_config.json has keys .* patch_crop"),
     "value": ({"do_normalize": False}, "preprocessor_config.json has do_normalize=False, which is not supported"),
     "size": ({"size": {"longest_edge": 32}}, "size=.* which is not supported"),
-    "other size": ({"size": {"shortest_edge": 24}, "do_center_crop": False}, "24 x 24 pixels, but the scorer takes 32"),
-    "crop": ({"do_resize": False, "crop_size": 64}, "48 x 48 pixels are smaller than the scorer's crop of 64 x 64"),
+    "other size": ({"size": {"shortest_edge": 24}, "do_center_crop": False}, "24 x 24 pixels, but the CLIP takes 32"),
+    "crop": (
+        {"do_resize": False, "crop_size": 64},
+        "48 x 48 pixels are smaller than the .* crop of 64 x 64",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", UNFIT)
-def test_unfit_preprocessors(case, scorer_folder):
+def test_unfit_preprocessors(case, clip_folder):
     entries, message = UNFIT[case]
-    edit(scorer_folder, **entries)
+    edit(clip_folder, **entries)
     with pytest.raises(UserError, match=message):
-        image_features(load_scorer(scorer_folder), images(2))
+        image_features(load_clip_encoder(clip_folder), images(2))
 
 
-def test_no_preprocessor(scorer_folder):
-    (scorer_folder / "preprocessor_config.json").unlink()
+def test_no_preprocessor(clip_folder):
+    (clip_folder / "preprocessor_config.json").unlink()
     with pytest.raises(UserError, match=r"preprocessor_config\.json does not exist"):
-        load_scorer(scorer_folder)
+        load_clip_encoder(clip_folder)

@@ -6,14 +6,14 @@ import jax
 import numpy as np
 import pytest
 import torch
-from recorded_weights import pictures, recorded
+from recorded_weights import example_images, recorded
 from safetensors.numpy import save_file
 from tiny_models import TEXT, tiny_tokenizer
 from torch_weights import assert_close, randomise
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from mlcm_jax.errors import UserError
-from mlcm_jax.rewards import reward_model as judge_module
+from mlcm_jax.rewards import reward_model
 from mlcm_jax.rewards.aesthetic import load_aesthetic
 from mlcm_jax.rewards.hps_v2 import load_hps_v2
 from mlcm_jax.rewards.image_reward import load_image_reward
@@ -46,13 +46,13 @@ def theirs(clip_model, folder, images):
 
 
 def test_pick_score_is_transformers(clip_model, clip_folder, monkeypatch):
-    """More pictures than are judged at a time."""
-    monkeypatch.setattr(judge_module, "CHUNK", 3)
-    judge, images = load_pick_score(clip_folder), pictures(5, 48, 48)
-    scores = judge(images, PROMPTS)
+    """More images than are scored at a time."""
+    monkeypatch.setattr(reward_model, "CHUNK", 3)
+    model, images = load_pick_score(clip_folder), example_images(5, 48, 48)
+    scores = model(images, PROMPTS)
     assert scores.dtype == np.float32
     assert_close(scores, theirs(clip_model, clip_folder, images).logits_per_image.diagonal())
-    swapped = judge(images, PROMPTS[::-1])
+    swapped = model(images, PROMPTS[::-1])
     assert np.abs(swapped[2] - scores[2]) < 1e-5 * np.abs(scores).max() < np.abs(swapped[0] - scores[0])
 
 
@@ -65,8 +65,8 @@ def test_hps_v2_is_open_clip(clip_folder):
     config = {"text_config": text, "vision_config": vision, "projection_dim": 12}
     (clip_folder / "config.json").write_text(json.dumps(config))
     save_file(tensors, clip_folder / "hps_v2.safetensors")
-    judge, pixels = load_hps_v2(clip_folder), pictures(3, 28, 28).astype(np.float32) / 255
-    assert_close(jax.jit(judge.module.apply)({"params": judge.params}, pixels, want["ids"]), want["scores"])
+    model, pixels = load_hps_v2(clip_folder), example_images(3, 28, 28).astype(np.float32) / 255
+    assert_close(jax.jit(model.module.apply)({"params": model.params}, pixels, want["ids"]), want["scores"])
 
 
 class TorchHead(torch.nn.Module):
@@ -84,24 +84,24 @@ class TorchHead(torch.nn.Module):
 def test_aesthetic(clip_model, clip_folder):
     head = randomise(TorchHead(12), 5)
     save_file({k: v.numpy() for k, v in head.state_dict().items()}, clip_folder / "aesthetic.safetensors")
-    judge, images = load_aesthetic(clip_folder), pictures(5, 48, 48)
+    model, images = load_aesthetic(clip_folder), example_images(5, 48, 48)
     with torch.no_grad():
         want = head.layers(theirs(clip_model, clip_folder, images).image_embeds)[:, 0]
-    scores = judge(images, PROMPTS)
+    scores = model(images, PROMPTS)
     assert_close(scores, want)
-    np.testing.assert_array_equal(scores, judge(images, PROMPTS[::-1]))
+    np.testing.assert_array_equal(scores, model(images, PROMPTS[::-1]))
 
 
 def test_rewards_are_differentiable(clip_folder):
     """The gradient is the slope, and the value is the score up to PIL's rounding."""
-    judge, images = load_pick_score(clip_folder), pictures(2, 48, 48)
-    floats, tokens = images.astype(np.float32) / 127.5 - 1, judge.tokenize(PROMPTS[:2])
+    model, images = load_pick_score(clip_folder), example_images(2, 48, 48)
+    floats, tokens = images.astype(np.float32) / 127.5 - 1, model.tokenize(PROMPTS[:2])
 
     def reward(x):
-        return judge.reward(judge.params, x, tokens).sum()
+        return model.reward(model.params, x, tokens).sum()
 
     value, gradient = jax.jit(jax.value_and_grad(reward))(0.9 * floats)
-    assert value == pytest.approx(judge(np.uint8(np.round((0.9 * floats + 1) * 127.5)), PROMPTS[:2]).sum(), abs=0.05)
+    assert value == pytest.approx(model(np.uint8(np.round((0.9 * floats + 1) * 127.5)), PROMPTS[:2]).sum(), abs=0.05)
     direction = np.random.default_rng(0).normal(size=floats.shape).astype(np.float32)
     step = 1e-2 * direction
     slope = (jax.jit(reward)(0.9 * floats + step) - jax.jit(reward)(0.9 * floats - step)) / 2
@@ -129,6 +129,6 @@ def test_head_of_another_clip(clip_folder):
         load_aesthetic(clip_folder)
 
 
-def test_prompts_for_each_picture(clip_folder):
-    with pytest.raises(UserError, match="5 pictures and 2 prompts"):
-        load_pick_score(clip_folder)(pictures(5, 48, 48), PROMPTS[:2])
+def test_prompts_for_each_image(clip_folder):
+    with pytest.raises(UserError, match="5 images and 2 prompts"):
+        load_pick_score(clip_folder)(example_images(5, 48, 48), PROMPTS[:2])

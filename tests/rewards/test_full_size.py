@@ -1,4 +1,4 @@
-"""The judges at their published sizes, by names and shapes alone."""
+"""The networks of reward models and features at their published sizes, by names and shapes alone."""
 
 import json
 import math

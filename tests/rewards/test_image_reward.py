@@ -5,14 +5,14 @@ import json
 import jax
 import numpy as np
 import pytest
-from recorded_weights import pictures, recorded
+from recorded_weights import example_images, recorded
 from safetensors.numpy import save_file
 from torch_weights import assert_close, network_weights
 
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.load import load_params
 from mlcm_jax.hub.pipeline import parameter_shapes
-from mlcm_jax.rewards import reward_model as judge_module
+from mlcm_jax.rewards import reward_model
 from mlcm_jax.rewards.image_reward import load_image_reward
 from mlcm_jax.rewards.networks.blip import ImageReward, TextConfig, VisionConfig
 from mlcm_jax.rewards.preprocess import Preprocessor
@@ -27,7 +27,7 @@ def test_scores_are_the_package_s(tmp_path):
     want, tensors = recorded("image_reward")
     save_file(tensors, tmp_path / "w.safetensors")
     module = ImageReward(BLIP_VISION, TextConfig.read(MED | {"max_position_embeddings": 10}))
-    pixels = pictures(3, 32, 32).astype(np.float32) / 255
+    pixels = example_images(3, 32, 32).astype(np.float32) / 255
     shapes = parameter_shapes(module, pixels, want["ids"])
     got = jax.jit(module.apply)({"params": load_params(shapes, tmp_path / "w.safetensors")}, pixels, want["ids"])
     assert_close(got, want["scores"])
@@ -59,14 +59,14 @@ def folder(tmp_path):
 
 
 def test_folder(folder, monkeypatch):
-    monkeypatch.setattr(judge_module, "CHUNK", 3)
-    judge, images = load_image_reward(folder, vision=BLIP_VISION, preprocessor=SMALL), pictures(3, 48, 48)
-    tokens = judge.tokenize(["Red heart", "blue car " * 30, ""])
+    monkeypatch.setattr(reward_model, "CHUNK", 3)
+    model, images = load_image_reward(folder, vision=BLIP_VISION, preprocessor=SMALL), example_images(3, 48, 48)
+    tokens = model.tokenize(["Red heart", "blue car " * 30, ""])
     assert tokens.shape == (3, 35)
     assert tokens[0, :5].tolist() == [2, 5, 6, 3, 0] and tokens[1, -1] == 3 and tokens[2, :3].tolist() == [2, 3, 0]
-    scores = judge(images, ["red heart", "blue car", ""])
+    scores = model(images, ["red heart", "blue car", ""])
     padded = np.concatenate([tokens, np.zeros((3, 1), np.int32)], axis=1)
-    want = jax.jit(judge.module.apply)({"params": judge.params}, judge.preprocessor(images), padded)
+    want = jax.jit(model.module.apply)({"params": model.params}, model.preprocessor(images), padded)
     assert np.isfinite(scores).all() and np.ptp(scores) > 0.01
     np.testing.assert_allclose(scores[[0, 2]], want[np.array([0, 2])], atol=1e-5)  # more padding changes nothing
 

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from recorded_weights import pictures, recorded
+from recorded_weights import example_images, recorded
 from safetensors.numpy import save_file
 from tiny_models import tiny_tokenizer
 from torch_weights import assert_close, network_weights
@@ -32,7 +32,7 @@ def test_scores_are_the_authors(tmp_path):
     tensors |= {name: np.zeros_like(t) for name, t in tensors.items() if name.endswith(".fn.norm.bias")}
     save_file(tensors, tmp_path / "w.safetensors")
     module = MPS(CLIPModel.from_config(CONFIG), CONDITION, **SIZES)
-    pixels = pictures(3, 32, 32).astype(np.float32) / 255
+    pixels = example_images(3, 32, 32).astype(np.float32) / 255
     shapes = parameter_shapes(module, pixels, want["ids"])
     params = load_params(shapes, tmp_path / "w.safetensors", layout=LAYOUT, ignored=UNUSED)
     score = jax.jit(MPS.apply, static_argnums=0)
@@ -57,11 +57,11 @@ def folder(tmp_path):
 
 
 def test_folder(folder):
-    judge, images = load_mps(folder, **SIZES), pictures(2, 48, 48)
-    scores = judge(images, ["red heart", "blue car"])
+    model, images = load_mps(folder, **SIZES), example_images(2, 48, 48)
+    scores = model(images, ["red heart", "blue car"])
     assert scores.dtype == np.float32 and np.isfinite(scores).all()
-    assert np.abs(scores - judge(images, ["blue car", "red heart"])).min() > 1e-4
-    gradient = jax.grad(lambda x: judge.reward(judge.params, x, judge.tokenize(["red heart", "blue car"])).sum())
+    assert np.abs(scores - model(images, ["blue car", "red heart"])).min() > 1e-4
+    gradient = jax.grad(lambda x: model.reward(model.params, x, model.tokenize(["red heart", "blue car"])).sum())
     assert np.abs(gradient(images.astype(np.float32) / 127.5 - 1)).max() > 0
 
 

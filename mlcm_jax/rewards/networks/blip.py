@@ -278,7 +278,7 @@ class _Blip(nn.Module):
 
 
 class ImageReward(nn.Module):
-    """How much people would like a picture for a prompt; over the training pictures, mean 0 and spread 1."""
+    """How much people would like an image for a prompt; over the training images, mean 0 and spread 1."""
 
     vision: VisionConfig
     text: TextConfig

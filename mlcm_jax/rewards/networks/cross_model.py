@@ -1,4 +1,4 @@
-"""Layers by which a picture's tokens read a prompt's, as MPS has them (arXiv 2405.14705).
+"""Layers by which an image's tokens attend to a prompt's, as in MPS (arXiv 2405.14705).
 
 The blocks are PaLM's (arXiv 2204.02311): attention with one head of keys and values beside a gated feed-forward layer.
 """
@@ -103,7 +103,7 @@ class CrossLayer(nn.Module):
 
 
 class CrossModel(nn.Module):
-    """Picture tokens, having read the words that ``mask`` leaves."""
+    """Image tokens that have attended to the words that ``mask`` leaves."""
 
     dim: int
     layers: int

@@ -1,4 +1,4 @@
-"""Records what the public PyTorch networks make of the weights and pictures of tests/recorded_weights.py.
+"""Records what the public PyTorch networks make of the weights and images of tests/recorded_weights.py.
 
 The packages do not go together with what the tests install, so their outputs are kept here, beside this program:
 
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from recorded_weights import pictures, weights
+from recorded_weights import example_images, weights
 
 HERE = Path(__file__).parent
 OPEN_CLIP = {
@@ -72,7 +72,7 @@ def inception():
     module = reference.InceptionV3([reference.InceptionV3.DEFAULT_BLOCK_INDEX]).eval()
     outputs = {}
     for side in (64, 320):
-        images = torch.from_numpy(pictures(2, side, side).transpose(0, 3, 1, 2).copy()).float() / 255
+        images = torch.from_numpy(example_images(2, side, side).transpose(0, 3, 1, 2).copy()).float() / 255
         outputs[f"features_{side}"] = module(images)[0][:, :, 0, 0].numpy()
     return outputs
 
@@ -81,7 +81,7 @@ def open_clip():
     import open_clip
 
     model = fill(open_clip.CLIP(**OPEN_CLIP))
-    pixels = torch.from_numpy(pictures(3, 28, 28).transpose(0, 3, 1, 2).copy()).float() / 255
+    pixels = torch.from_numpy(example_images(3, 28, 28).transpose(0, 3, 1, 2).copy()).float() / 255
     ids = torch.full((3, 77), 513)
     for row, text in zip(ids, ([4, 30, 7, 500], [7], range(100, 175)), strict=True):
         row[: len(text) + 1] = torch.tensor([512, *text])
@@ -115,7 +115,7 @@ def image_reward():
     model.mlp = MLP(MED["hidden_size"])
     model.device, model.mean, model.std = "cpu", 0.16717362830052426, 1.0333394966054072
     fill(model)
-    pixels = torch.from_numpy(pictures(3, 32, 32).transpose(0, 3, 1, 2).copy()).float() / 255
+    pixels = torch.from_numpy(example_images(3, 32, 32).transpose(0, 3, 1, 2).copy()).float() / 255
     ids = torch.from_numpy(IDS)
     scores = model.score_gard(ids, (ids != 0).long(), pixels)
     full_size = full_size_shapes(BertConfig, BertModel, MLP)
@@ -134,7 +134,7 @@ def mps():
     fill(model)
     model.cross_model.load_state_dict(buffers, strict=False)
     clip, scores = model.model, []
-    pixels = torch.from_numpy(pictures(3, 32, 32).transpose(0, 3, 1, 2).copy()).float() / 255
+    pixels = torch.from_numpy(example_images(3, 32, 32).transpose(0, 3, 1, 2).copy()).float() / 255
     condition = clip.text_projection(clip.text_model(torch.tensor([MPS_CONDITION]))[0])
     for row, picture in zip(MPS_IDS, pixels, strict=True):
         text = clip.text_model(torch.tensor([row]))

@@ -6,13 +6,15 @@ import numpy as np
 from jaxtyping import Float
 
 from mlcm_jax.errors import UserError
+from mlcm_jax.evaluation.metrics.base import FeaturePair, SetMetric
+from mlcm_jax.evaluation.statistics.bootstrap import Figure, counts
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
     """The kernel (x.y / d + 1)^3 of all pairs within and between two sets of features, float64.
 
-    paired: row i of one set and row i of the other are of the same prompt.
+    paired: example i of one set and example i of the other are of the same prompt.
     """
 
     aa: Float[np.ndarray, "n n"]
@@ -22,9 +24,11 @@ class Kernels:
 
     @classmethod
     def of(cls, a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"], *, paired: bool = False) -> "Kernels":
-        """Raises UserError for sets of fewer than two rows."""
+        """Raises UserError for sets of fewer than two examples."""
         if min(len(a), len(b)) < 2:
-            raise UserError(f"A kernel distance of {len(a)} and {len(b)} rows has no pairs: give two rows or more.")
+            raise UserError(
+                f"A kernel distance of {len(a)} and {len(b)} examples has no pairs: give two examples or more."
+            )
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         return cls(_kernel(a, a), _kernel(b, b), _kernel(a, b), paired)
 
@@ -33,8 +37,8 @@ class Kernels:
     ) -> Float[np.ndarray, "*b"]:
         """Unbiased squared maximum mean discrepancy (arXiv 1801.01401 eq. 4): around 0 for sets of one distribution.
 
-        counts: how often each row comes, for one or more resamples; once by default. No row is paired with itself, nor
-        with its partner: the two are not independent, and would pull the figure below 0.
+        counts: how often each example comes, for one or more resamples; once by default. None is paired with itself,
+        nor with its partner: the two are not independent, and would pull the figure below 0.
         """
         n, m = self.ab.shape
         a = np.ones(n) if counts_a is None else np.asarray(counts_a, np.float64)
@@ -54,3 +58,11 @@ def _mean_of_pairs(
     if distinct:
         total, pairs = total - (a * b) @ np.diag(kernel), pairs - (a * b).sum(axis=-1)
     return total / pairs
+
+
+def _figure(pair: FeaturePair) -> Figure:
+    kernels = Kernels.of(pair.samples, pair.reference, paired=pair.paired)
+    return Figure(float(kernels.distance()), kernels.distance(*map(counts, pair.resamples)))
+
+
+KERNEL_DISTANCE = SetMetric("kernel_distance", "kernel distance (KID)", "lower", 4, _figure)

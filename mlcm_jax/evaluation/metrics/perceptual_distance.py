@@ -1,4 +1,4 @@
-"""A distance of two pictures in the inner features of a CLIP image tower, after LPIPS (arXiv 1801.03924).
+"""A distance of two images in the inner features of a CLIP image tower, after LPIPS (arXiv 1801.03924).
 
 It has no learned weights and is no LPIPS: values can be compared with each other only, and for the same tower.
 """
@@ -10,25 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from mlcm_jax.evaluation.metrics.base import ImageMetric
 from mlcm_jax.models.clip import CLIPLayer, CLIPVisionEmbeddings
 from mlcm_jax.models.layers import LayerNorm
-from mlcm_jax.rewards.clip_features import CHUNK, Scorer, tower_pixels
+from mlcm_jax.rewards.clip_features import CHUNK, ClipEncoder, tower_pixels
 from mlcm_jax.types import Params
 
 
 def perceptual_distance(
-    scorer: Scorer, a: UInt8[np.ndarray, "n H W 3"], b: UInt8[np.ndarray, "n H W 3"]
+    clip: ClipEncoder, a: UInt8[np.ndarray, "n H W 3"], b: UInt8[np.ndarray, "n H W 3"]
 ) -> Float[np.ndarray, " n"]:
-    """For each pair of pictures: mean over layers and patches of the squared distance of unit-length features.
+    """For each pair of images: mean over layers and patches of the squared distance of unit-length features.
 
-    That is arXiv 1801.03924 eq. 1 with all weights equal: 0 for equal pictures, 4 at most. Raises UserError when the
-    pictures do not come out at the size that the tower takes.
+    That is arXiv 1801.03924 eq. 1 with all weights equal: 0 for equal images, 4 at most. Raises UserError when the
+    images do not come out at the size that the tower takes.
     """
     distances = []
     for start in range(0, len(a), CHUNK):
-        rows = np.arange(start, start + CHUNK) % len(a)
-        pixels = (tower_pixels(scorer, images[rows]) for images in (a, b))
-        distances.append(np.asarray(_distance(scorer.network.module, scorer.network.params, *pixels)))
+        indices = np.arange(start, start + CHUNK) % len(a)
+        pixels = (tower_pixels(clip, images[indices]) for images in (a, b))
+        distances.append(np.asarray(_distance(clip.module, clip.params, *pixels)))
     return np.concatenate(distances)[: len(a)]
 
 
@@ -51,3 +52,13 @@ def layer_features(module, params: Params, pixels: Float[Array, "n h w 3"]) -> F
         return x, x
 
     return jax.lax.scan(advance, x, tower["encoder"]["layers"])[1]
+
+
+PERCEPTUAL_DISTANCE = ImageMetric(
+    "perceptual_distance",
+    "perceptual distance",
+    "lower",
+    4,
+    perceptual_distance,
+    needs=("clip", "images", "baseline_images"),
+)

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from mlcm_jax.evaluation.extractors.base import PHOTOGRAPHS, ExtractorSpec
 from mlcm_jax.evaluation.networks.inception import SIDE, InceptionV3, resize_like_torch
 from mlcm_jax.hub.load import load_params
 from mlcm_jax.hub.pipeline import parameter_shapes
-from mlcm_jax.rewards.reward_model import chunks
+from mlcm_jax.rewards.reward_model import batch_indices
 from mlcm_jax.types import Params
 
 CHUNK = 32  # images at a time
@@ -24,15 +25,15 @@ UNUSED = (re.compile(r"^(fc|AuxLogits)\."), re.compile(r"\.num_batches_tracked$"
 
 @dataclasses.dataclass(frozen=True)
 class InceptionFeatures:
-    """Extractor of 2048 features an image."""
+    """Extracts 2048 features an image."""
 
     module: InceptionV3
     params: Params
 
     def __call__(self, images: UInt8[np.ndarray, "n H W 3"]) -> Float[np.ndarray, "n 2048"]:
         """Features of images of one size, as pytorch-fid computes them; ``CHUNK`` images at a time."""
-        rows = chunks(len(images), CHUNK)
-        features = [np.asarray(_from_uint8(self.module, self.params, images[chunk])) for chunk in rows]
+        batches = batch_indices(len(images), CHUNK)
+        features = [np.asarray(_from_uint8(self.module, self.params, images[indices])) for indices in batches]
         return np.concatenate(features)[: len(images)]
 
     def features(self, params: Params, images: Float[Array, "n H W 3"]) -> Float[Array, "n 2048"]:
@@ -54,3 +55,6 @@ def load_inception(file: str | Path, *, dtype: Any = jnp.float32) -> InceptionFe
     module = InceptionV3(dtype)
     shapes = parameter_shapes(module, jnp.zeros((1, SIDE, SIDE, 3)))
     return InceptionFeatures(module, load_params(shapes, file, ignored=UNUSED))
+
+
+INCEPTION = ExtractorSpec("inception", load_inception, PHOTOGRAPHS, independent=True)
