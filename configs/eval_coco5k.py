@@ -3,8 +3,8 @@
     python examples/coco5k/build_coco5k.py --data_dir=DATA --out_dir=coco5k
     python launch/evaluate.py --config=configs/eval_coco5k.py --model=DIR --out=runs/coco5k
 
-Needs the judges' weights, laid out below judges/ as docs/judging.md says, 16 GB of host memory for the baseline's
-pictures, and accelerators that draw 5,000 of them for each number of steps. It has not been run here: no such weights
+Needs the weights of the evaluation networks below networks/ (docs/judging.md), 16 GB of host memory for the baseline's
+images, and accelerators that sample 5,000 of them for each number of steps. It has not been run here: no such weights
 are at hand. Expected, by the paper's sixth version (ours of CLIP is the cosine, a hundredth of this):
 
     sampler                     FID     CLIP    aesthetic   ImageReward
@@ -18,7 +18,7 @@ The entries are flags of launch/evaluate.py; what the command line gives goes be
 
 from ml_collections import ConfigDict
 
-JUDGES = "judges"  # folder
+NETWORKS = "networks"  # folder
 
 
 def get_config() -> ConfigDict:
@@ -29,9 +29,9 @@ def get_config() -> ConfigDict:
             prompts="coco5k/prompts.txt",
             num_images=5000,
             data="coco5k/images",
-            scorer=f"{JUDGES}/clip-vit-g-14",
-            scorers=[f"aesthetic={JUDGES}/clip-vit-l-14", f"image_reward={JUDGES}/image-reward"],
-            features=[f"inception={JUDGES}/pt_inception-2015-12-05.safetensors"],
+            scorer=f"{NETWORKS}/clip-vit-g-14",
+            scorers=[f"aesthetic={NETWORKS}/clip-vit-l-14", f"image_reward={NETWORKS}/image-reward"],
+            features=[f"inception={NETWORKS}/pt_inception-2015-12-05.safetensors"],
             resamples=20,  # each is a singular value decomposition of 2048 x 2048
             batch_size=8,
             dtype="bfloat16",

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 def labelled_grid(
     columns: Mapping[str, UInt8[np.ndarray, "n H W 3"]], *, blocks: int = 1
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """A row for each picture, a column for each label; the rows are set in ``blocks`` side by side."""
+    """A row for each image, a column for each label; the rows are set in ``blocks`` side by side."""
     names, images = list(columns), np.stack(list(columns.values()), axis=1)
     zoom = max(1, 96 // images.shape[2])
     images = images.repeat(zoom, axis=2).repeat(zoom, axis=3)

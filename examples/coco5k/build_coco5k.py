@@ -1,4 +1,4 @@
-"""Fetch MSCOCO 2017's validation split; write a caption a picture, and the pictures, for configs/eval_coco5k.py.
+"""Fetch MSCOCO 2017's validation split; write its images and the first caption of each, for configs/eval_coco5k.py.
 
 python examples/coco5k/build_coco5k.py --data_dir=DATA --out_dir=coco5k
 """
@@ -32,13 +32,13 @@ def fetch(data_dir: Path) -> CocoCaptions2017:
 
 
 def write(builder: CocoCaptions2017, out_dir: Path) -> int:
-    """Write prompts.txt, the first caption of each picture, and the JPEG files in the same order; returns how many."""
+    """Write prompts.txt, the first caption of each image, and the JPEG files in the same order; returns how many."""
     images_dir, prompts = out_dir / "images", []
     images_dir.mkdir(parents=True, exist_ok=True)
     source = builder.as_data_source("validation", decoders={"image": tfds.decode.SkipDecoding()})
-    rows = sorted(range(len(source)), key=lambda i: int(source[i]["image_id"]))
-    for row in tqdm(rows, unit="picture"):
-        example = source[row]
+    indices = sorted(range(len(source)), key=lambda i: int(source[i]["image_id"]))
+    for index in tqdm(indices, unit="image"):
+        example = source[index]
         (images_dir / f"{int(example['image_id']):012d}.jpg").write_bytes(example["image"])
         prompts.append(example["captions"][0].decode())
     (out_dir / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
@@ -48,7 +48,7 @@ def write(builder: CocoCaptions2017, out_dir: Path) -> int:
 def main():
     out_dir = Path(_OUT_DIR.value)
     count = write(fetch(Path(_DATA_DIR.value).expanduser()), out_dir)
-    print(f"{out_dir}: {count} captions and pictures")
+    print(f"{out_dir}: {count} captions and images")
 
 
 if __name__ == "__main__":

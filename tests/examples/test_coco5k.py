@@ -1,4 +1,4 @@
-"""The COCO data of configs/eval_coco5k.py, built from three pictures that a local server gives."""
+"""The COCO data of configs/eval_coco5k.py, built from three images that a local server gives."""
 
 import functools
 import hashlib
@@ -35,13 +35,13 @@ def jpeg(number):
 
 def archives(folder):
     """The two archives in COCO's layout; returns tfds' checksum lines for them."""
-    pictures = [{"id": number, "file_name": f"{number:012d}.jpg"} for number in CAPTIONS]
+    images = [{"id": number, "file_name": f"{number:012d}.jpg"} for number in CAPTIONS]
     texts = [(number, text) for number, each in CAPTIONS.items() for text in each]
     annotations = [{"id": i, "image_id": number, "caption": text} for i, (number, text) in enumerate(texts)]
     contents = {
-        "zips/val2017.zip": {f"val2017/{p['file_name']}": jpeg(p["id"]) for p in pictures},
+        "zips/val2017.zip": {f"val2017/{p['file_name']}": jpeg(p["id"]) for p in images},
         "annotations/annotations_trainval2017.zip": {
-            "annotations/captions_val2017.json": json.dumps({"images": pictures, "annotations": annotations[::-1]})
+            "annotations/captions_val2017.json": json.dumps({"images": images, "annotations": annotations[::-1]})
         },
     }
     lines = []
@@ -82,13 +82,13 @@ def site(tmp_path, monkeypatch):
     server.server_close()
 
 
-def test_captions_and_pictures(site, tmp_path):
+def test_captions_and_images(site, tmp_path):
     builder = build_coco5k.fetch(tmp_path / "data")
     assert build_coco5k.write(builder, tmp_path / "coco5k") == 3
     assert read_prompts(tmp_path / "coco5k" / "prompts.txt") == ["Ein Bär, é.", "A room with chairs.", "A bear."]
-    pictures = sorted((tmp_path / "coco5k" / "images").iterdir())
-    assert [p.name for p in pictures] == ["000000000009.jpg", "000000000139.jpg", "000000000285.jpg"]
-    assert [p.read_bytes() for p in pictures] == [jpeg(9), jpeg(139), jpeg(285)]
+    images = sorted((tmp_path / "coco5k" / "images").iterdir())
+    assert [p.name for p in images] == ["000000000009.jpg", "000000000139.jpg", "000000000285.jpg"]
+    assert [p.read_bytes() for p in images] == [jpeg(9), jpeg(139), jpeg(285)]
 
 
 def test_other_bytes_than_coco_s(site, tmp_path):
