@@ -4,7 +4,6 @@ The folder's own scheduler decides the sampler. Several pictures (several --prom
 come as one grid. Without --model the shipped emoji student draws, and without --prompt, too, a grid of its own.
 """
 
-import dataclasses
 from pathlib import Path
 
 import jax
@@ -97,10 +96,9 @@ def main():
     if TEXT.value:
         pipeline = with_text(pipeline, TEXT.value, dtype=jnp.dtype(DTYPE.value))
     pipeline = with_loras(pipeline, LORA.value or ([] if named_model() else [str(EMOJI / "student")]))
-    scheduler_config = pipeline.scheduler_config
     if SCHEDULER.value:
-        scheduler_config = of_class(scheduler_config, SCHEDULER.value)
-    pipeline = dataclasses.replace(pipeline, scheduler_config=scheduler_config)
+        pipeline = pipeline.with_scheduler(of_class(pipeline.scheduler_config, SCHEDULER.value))
+    scheduler_config = pipeline.scheduler_config
     pipeline = pipeline.with_attention(AttentionBackend(ATTENTION.value))
     vae = load_vae(VAE.value, pipeline, dtype=jnp.dtype(DTYPE.value)) if VAE.value else pipeline.vae
     step_table(scheduler_config, STEPS.value, ETA.value)  # answers a mistake before anything is compiled

@@ -101,6 +101,7 @@ KNOWN_KEYS = {key for table in SCHEDULERS.values() for key in table} | {
     "sigma_min",
     "time_shift_type",
 }
+CORRECTIONS = {"StableDiffusionPipeline": {"steps_offset": 1, "clip_sample": False}}
 
 
 def of_class(scheduler_config: dict[str, Any], name: str) -> dict[str, Any]:
@@ -112,6 +113,16 @@ def of_class(scheduler_config: dict[str, Any], name: str) -> dict[str, Any]:
         return scheduler_config
     kept = {k: v for k, v in scheduler_config.items() if k in KNOWN_KEYS or k.startswith("_")}
     return kept | {"_class_name": name}
+
+
+def as_pipelines_set(scheduler_config: dict[str, Any], pipeline_class: str) -> dict[str, Any]:
+    """The settings as diffusers' pipeline uses them: its constructor may replace some of the file's and the defaults.
+
+    StableDiffusionPipeline does so since the first models' files lacked them; StableDiffusionXLPipeline does not.
+    """
+    corrections = CORRECTIONS.get(pipeline_class, {})
+    read = SCHEDULERS.get(str(scheduler_config.get("_class_name")), {})
+    return scheduler_config | {k: v for k, v in corrections.items() if k in read or k in scheduler_config}
 
 
 def class_name(scheduler_config: dict[str, Any]) -> str:

@@ -115,9 +115,8 @@ def with_loras(pipeline: Pipeline, loras: Sequence[str]) -> Pipeline:
             merged = low_rank.merge(networks[part].params, low_rank.scaled(tree, scale, 1))
             networks[part] = dataclasses.replace(networks[part], params=merged)
     encoders = tuple(network for part, network in networks.items() if part.startswith("text_encoder"))
-    return dataclasses.replace(
-        pipeline, unet=networks["unet"], text_encoders=encoders, scheduler_config=scheduler_config
-    )
+    adapted = dataclasses.replace(pipeline, unet=networks["unet"], text_encoders=encoders)
+    return adapted.with_scheduler(scheduler_config)
 
 
 def _parse(entry: str) -> tuple[str, float]:

@@ -1,9 +1,10 @@
 """model_index.json: which class each component of a diffusers folder is, whatever the component's own file says."""
 
+import re
 from pathlib import Path
 from typing import Any
 
-from mlcm_jax.diffusion.scheduler_config import of_class
+from mlcm_jax.diffusion.scheduler_config import as_pipelines_set, of_class
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.fetch import Source
 from mlcm_jax.hub.network import check_class
@@ -16,6 +17,7 @@ PIPELINES = {
     "StableDiffusionXLPipeline": (TEXT_ENCODERS, ("tokenizer", "tokenizer_2")),
     "StableDiffusionPipeline": (("text_encoder",), ("tokenizer",)),
 }
+OUTDATED_BEFORE, SD_SAMPLE_SIZE = (0, 9, 0), 64  # of diffusers' StableDiffusionPipeline
 
 
 def network_parts(model_index: dict[str, Any]) -> tuple[str, ...]:
@@ -45,13 +47,30 @@ def read_model_index(folder: Path, *, with_tokenizers: bool = True) -> dict[str,
 
 
 def read_scheduler_config(source: Source, model_index: dict[str, Any]) -> dict[str, Any]:
-    """The sampler's settings, for the class that model_index.json names; those beside a single file name their own.
+    """The sampler's settings as diffusers' pipeline uses them, for the class that model_index.json names.
+
+    Those beside a single file name their own class.
 
     A single file that has none beside it says with its markers what the settings of its architecture do not know.
     """
     config = read_json(source.scheduler_config)
-    if source.checkpoint is None:
-        return of_class(config, model_index["scheduler"][1])
-    if source.scheduler_config.parent == source.checkpoint.parent:
-        return config
-    return of_class(config, model_index["scheduler"][1]) | marked_settings(source.checkpoint)
+    beside = source.checkpoint is not None and source.scheduler_config.parent == source.checkpoint.parent
+    if not beside:
+        config = of_class(config, model_index["scheduler"][1])
+        config |= marked_settings(source.checkpoint) if source.checkpoint else {}
+    return as_pipelines_set(config, model_index["_class_name"])
+
+
+def corrected_unet_config(config: dict[str, Any], pipeline_class: str) -> dict[str, Any]:
+    """A UNet's config.json as diffusers' pipeline uses it: the first ones of SD 1.x named half of their size."""
+    size, version = config.get("sample_size"), _version(config.get("_diffusers_version"))
+    outdated = pipeline_class == "StableDiffusionPipeline" and version is not None and version < OUTDATED_BEFORE
+    if outdated and isinstance(size, int) and size < SD_SAMPLE_SIZE:
+        return config | {"sample_size": SD_SAMPLE_SIZE}
+    return config
+
+
+def _version(text: Any) -> tuple[int, ...] | None:
+    """Major, minor and micro number; None where there is none. Endings such as ".dev0" do not count."""
+    match = re.match(r"v?(\d+)\.(\d+)(?:\.(\d+))?", text) if isinstance(text, str) else None
+    return tuple(int(number or 0) for number in match.groups()) if match else None

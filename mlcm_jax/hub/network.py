@@ -165,11 +165,16 @@ def load_network(
 
 def describe_network(folder: Path, class_name: str, dtype: Any) -> Network:
     """A component by its config.json alone: its parameters are ShapeDtypeStructs."""
+    module, config = build_module(folder, class_name, dtype)
+    return Network(module, network_shapes(module, config), config)
+
+
+def build_module(folder: Path, class_name: str, dtype: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """The module that a component's config.json describes, and the config.json."""
     check_class(folder, class_name)
     config = read_json(folder / "config.json")
     spec = NETWORKS[class_name]
     module_class = getattr(importlib.import_module(spec.module), spec.attribute)
     # transformers builds the class that it is asked for; ours looks there whether it has a projection
     named = {"architectures": [class_name]} if spec.library == "transformers" else {}
-    module = module_class.from_config(config | named, dtype=dtype)
-    return Network(module, network_shapes(module, config), config)
+    return module_class.from_config(config | named, dtype=dtype), config

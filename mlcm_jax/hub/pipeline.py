@@ -11,11 +11,19 @@ import jax.numpy as jnp
 import transformers
 from etils import epath
 
+from mlcm_jax.diffusion.scheduler_config import as_pipelines_set
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.fetch import SCHEDULER_NAME, Source, find_model
 from mlcm_jax.hub.fetch import resolve_folder as resolve_folder
-from mlcm_jax.hub.model_index import PIPELINES, network_parts, read_model_index, read_scheduler_config
-from mlcm_jax.hub.network import NETWORKS, Network, ShardingRule, Weights, describe_network, load_network
+from mlcm_jax.hub.fit import check_fit
+from mlcm_jax.hub.model_index import (
+    PIPELINES,
+    corrected_unet_config,
+    network_parts,
+    read_model_index,
+    read_scheduler_config,
+)
+from mlcm_jax.hub.network import NETWORKS, Network, ShardingRule, Weights, build_module, describe_network, load_network
 from mlcm_jax.hub.network import network_shapes as network_shapes
 from mlcm_jax.hub.network import parameter_shapes as parameter_shapes
 from mlcm_jax.hub.save import copy_folder, is_remote, save_params, write_json
@@ -54,6 +62,11 @@ class Pipeline:
         """The pipeline with another implementation of the UNet's attention."""
         module: Any = self.unet.module
         return dataclasses.replace(self, unet=dataclasses.replace(self.unet, module=module.with_attention(attention)))
+
+    def with_scheduler(self, scheduler_config: dict[str, Any]) -> "Pipeline":
+        """The pipeline with another sampler, whose settings are as diffusers' pipeline would set them."""
+        settings = as_pipelines_set(scheduler_config, self.model_index["_class_name"])
+        return dataclasses.replace(self, scheduler_config=settings)
 
     @property
     def downscale(self) -> int:
@@ -105,13 +118,32 @@ def read_architecture(
     source = find_model(model, architecture=architecture, variant=variant, revision=revision)
     folder = source.folder
     model_index = read_model_index(folder, with_tokenizers=False)
-    encoders, _ = PIPELINES[model_index["_class_name"]]
+    check_networks(folder, model_index, dtype)
+    networks = {
+        part: describe_network(folder / part, model_index[part][1], dtype) for part in network_parts(model_index)
+    }
+    return _joined(networks, model_index, folder, read_scheduler_config(source, model_index))
+
+
+def check_networks(folder: Path, model_index: dict[str, Any], dtype: Any) -> None:
+    """Raise UserError for settings of the networks that are not supported, or do not fit each other."""
+    built = {part: build_module(folder / part, model_index[part][1], dtype) for part in network_parts(model_index)}
+    modules = {part: module for part, (module, _) in built.items()}
+    check_fit(folder, model_index["_class_name"], modules, built["unet"][1])
+
+
+def _joined(
+    networks: Mapping[str, Network], model_index: dict[str, Any], folder: Path, scheduler_config: dict[str, Any]
+) -> Pipeline:
+    """Networks as a pipeline without tokenizers."""
+    class_name, unet = model_index["_class_name"], networks["unet"]
+    encoders, _ = PIPELINES[class_name]
     return Pipeline(
-        unet=describe_network(folder / "unet", model_index["unet"][1], dtype),
-        vae=describe_network(folder / "vae", model_index["vae"][1], dtype),
-        text_encoders=tuple(describe_network(folder / part, model_index[part][1], dtype) for part in encoders),
+        unet=dataclasses.replace(unet, config=corrected_unet_config(unet.config, class_name)),
+        vae=networks["vae"],
+        text_encoders=tuple(networks[part] for part in encoders),
         tokenizers=(),
-        scheduler_config=read_scheduler_config(source, model_index),
+        scheduler_config=scheduler_config,
         model_index=model_index,
         folder=folder,
     )
@@ -172,7 +204,7 @@ def load_pipeline(
     source = find_model(model, architecture=architecture, variant=variant, revision=revision)
     folder = source.folder
     model_index = read_model_index(folder, with_tokenizers=source.checkpoint is None)
-    encoders, tokenizer_parts = PIPELINES[model_index["_class_name"]]
+    _, tokenizer_parts = PIPELINES[model_index["_class_name"]]
     if not all((folder / part).is_dir() for part in tokenizer_parts):
         raise UserError(
             f"{source.checkpoint} is a single file, which holds no tokenizers, and neither does {folder}: name a "
@@ -182,6 +214,7 @@ def load_pipeline(
         find_weights(folder / "unet", source.variant)  # which says what there is
     # What is small comes first: its mistakes are answered before the weights are read.
     scheduler_config = read_scheduler_config(source, model_index)
+    check_networks(folder, model_index, dtype)
     tokenizers = tuple(load_tokenizer(folder / part, model_index[part][1]) for part in tokenizer_parts)
     networks = {
         part: load_part(source, part, model_index, dtype=dtype, param_dtype=param_dtype, shardings=shardings)
@@ -189,16 +222,8 @@ def load_pipeline(
         else describe_network(folder / part, model_index[part][1], dtype)
         for part in network_parts(model_index)
     }
-    return Pipeline(
-        unet=networks["unet"],
-        vae=networks["vae"],
-        text_encoders=tuple(networks[part] for part in encoders),
-        tokenizers=tokenizers,
-        scheduler_config=scheduler_config,
-        model_index=model_index,
-        folder=folder,
-        source=source,
-    )
+    pipeline = _joined(networks, model_index, folder, scheduler_config)
+    return dataclasses.replace(pipeline, tokenizers=tokenizers, source=source)
 
 
 def load_part(source: Source, part: str, model_index: Mapping[str, Any], **settings: Any) -> Network:

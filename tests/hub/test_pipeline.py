@@ -128,7 +128,7 @@ SPOILT = {
     "spoilt tokenizer": (lambda f: [p.write_text("{") for p in (f / "tokenizer").iterdir()], "holds no readable CLIPT"),
     "no scheduler": (lambda f: (f / "scheduler/scheduler_config.json").unlink(), "_config.json does not exist"),
     "setting": (lambda f: edit_unet(f, class_embed_type="timestep"), "class_embed_type"),
-    "wider": (lambda f: edit_unet(f, cross_attention_dim=48), "does not fit the network"),
+    "wider": (lambda f: edit_unet(f, cross_attention_dim=48), "cross_attention_dim=48, and its text encoders"),
 }
 
 
