@@ -58,7 +58,7 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Examples a training step.",
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "A training for each, whose figures are averaged.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 512, "Images that are measured.", lower_bound=4)
 LATENTS = flags.DEFINE_string("latents", None, "File of launch/encode.py for the training prompts, for the row lcm.")
-DATA = flags.DEFINE_string("data", None, "Real images of the measured prompts: examples/emoji/real_pictures.py.")
+DATA = flags.DEFINE_string("data", None, "Real images of the measured prompts: examples/emoji/real_images.py.")
 FEATURES = flags.DEFINE_list("features", ["clip=examples/emoji/scorer"], "As launch/evaluate.py takes them.")
 OUT = flags.DEFINE_string("out", "runs/ablation", "Folder for the runs and the figures.")
 

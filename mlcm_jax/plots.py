@@ -51,10 +51,10 @@ def plot_loss(metrics: Sequence[Mapping[str, float]], path: epath.PathLike) -> N
 def plot_closeness(panels: Mapping[str, Mapping[str, Mapping[int, float]]], path: epath.PathLike) -> None:
     """Distances against the number of steps, side by side.
 
-    panels: name of the distance -> who drew ("student", "teacher") -> number of steps -> value.
+    panels: name of the distance -> sampler ("student", "teacher") -> number of steps -> value.
     """
     exact = {
-        panel: {who: {n: (value, value, value) for n, value in values.items()} for who, values in curves.items()}
+        panel: {name: {n: (value, value, value) for n, value in values.items()} for name, values in curves.items()}
         for panel, curves in panels.items()
     }
     plot_against_steps(exact, path)
@@ -65,7 +65,7 @@ def plot_against_steps(
 ) -> None:
     """Figures against the number of sampling steps, a panel each, four panels a row.
 
-    panels: name of the figure -> who drew -> number of steps -> value and both ends of its interval.
+    panels: name of the figure -> sampler -> number of steps -> value and both ends of its interval.
     """
     columns = min(len(panels), 4)
     rows, size = -(-len(panels) // columns), (6 if len(panels) < 4 else 4.2)

@@ -72,14 +72,15 @@ def against_teacher(guidance_scale: float) -> list[str]:
 
 
 def real_images(out: Path, prompts: str, n: int) -> list[str]:
-    program = ["examples/emoji/real_pictures.py", f"--data_dir={out / 'data'}"]
+    program = ["examples/emoji/real_images.py", f"--data_dir={out / 'data'}"]
     return [*program, f"--prompts=examples/emoji/prompts/{prompts}.txt", f"--num_images={n}"]
 
 
 def data_parts(out: Path) -> list[Part]:
-    """The data set, what is measured against, LCM's latents, and the judge's weights."""
+    """The data set, what is measured against, LCM's latents, and the feature extractor's weights."""
     real, train_images = out / "real.npy", out / "real_train.npy"
     latents = out / "latents.safetensors"
+    convert = ["launch/convert_efficientnet.py", f"--out={out / 'efficientnet'}"]
     encode = ["launch/encode.py", f"--model={TEACHER}", f"--images={train_images}", f"--out={latents}"]
     return [
         Part("data", [out / "data" / "emoji"], [["examples/emoji/build_data.py", f"--data_dir={out / 'data'}"]]),
@@ -92,7 +93,7 @@ def data_parts(out: Path) -> list[Part]:
             ],
         ),
         Part("latents", [latents], [encode]),
-        Part("judge", [out / "efficientnet"], [["launch/convert_efficientnet.py", f"--out={out / 'efficientnet'}"]]),
+        Part("feature_extractor", [out / "efficientnet"], [convert]),
     ]
 
 

@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/results.md, written between their markers from the evaluations' results.json."""
+"""Write the tables of README.md and docs/results.md between their markers, from the evaluations' results.json."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +34,7 @@ INDEPENDENT = (
     Column("background noise", "background_noise/pixels/data", 2),
 )
 TEXT = (
-    Column("CLIP score (guard)", "clip-guard_score", 3),
+    Column("CLIP score (held-out)", "clip-guard_score", 3),
     Column("CLIP score (scorer)", "clip_score", 3),
     Column("Frechet distance (scorer)", "frechet_distance/clip/data", 1),
     Column("latent distance", "latent_mse", 3),

@@ -136,12 +136,12 @@ def mps():
     clip, scores = model.model, []
     pixels = torch.from_numpy(example_images(3, 32, 32).transpose(0, 3, 1, 2).copy()).float() / 255
     condition = clip.text_projection(clip.text_model(torch.tensor([MPS_CONDITION]))[0])
-    for row, picture in zip(MPS_IDS, pixels, strict=True):
-        text = clip.text_model(torch.tensor([row]))
+    for ids, image_pixels in zip(MPS_IDS, pixels, strict=True):
+        text = clip.text_model(torch.tensor([ids]))
         words, end = clip.text_projection(text[0]), clip.text_projection(text[1])
         alike = torch.einsum("bid,bjd->bji", words, condition).max(dim=1, keepdim=True)[0]
         alike = alike / alike.max()
-        image = clip.visual_projection(clip.vision_model(picture[None])[0])
+        image = clip.visual_projection(clip.vision_model(image_pixels[None])[0])
         mask = torch.where(alike > 0.3, 0, float("-inf")).repeat(1, image.shape[1], 1)
         image = model.cross_model(image, words, mask)[:, 0]
         scores.append(clip.logit_scale.exp() * torch.nn.functional.cosine_similarity(image, end)[0])
