@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from mlcm_jax.data.prompts import read_prompts
 from mlcm_jax.errors import UserError
-from mlcm_jax.evaluation.evaluator import Protocol, evaluate_samplers
+from mlcm_jax.evaluation.evaluator import EvaluationProtocol, evaluate_samplers
 from mlcm_jax.evaluation.extractors.registry import FEATURE_EXTRACTORS, load_extractor
 from mlcm_jax.evaluation.measure import Measurements, Networks, real_inputs
 from mlcm_jax.evaluation.metrics.registry import IMAGE_METRICS, SEED_METRICS, SET_METRICS
@@ -52,8 +52,8 @@ class Settings:
     revision: str | None = None
 
     @property
-    def protocol(self) -> Protocol:
-        return Protocol(
+    def protocol(self) -> EvaluationProtocol:
+        return EvaluationProtocol(
             data_matches_prompts=self.data_matches_prompts,
             num_resamples=self.resamples,
             seed=self.seed,

@@ -25,7 +25,7 @@ from mlcm_jax.rng import next_seed
 NUM_EXAMPLES = 16  # in the grid
 
 
-class Protocol(NamedTuple):
+class EvaluationProtocol(NamedTuple):
     """How samplers are measured.
 
     data_matches_prompts: whether real image i is of prompt i. num_resamples: of the distances between sets, for their
@@ -51,7 +51,12 @@ class Evaluator:
     """
 
     def __init__(
-        self, protocol: Protocol, prompts: list[str], networks: Networks, data: Measurements | None, progress: tqdm
+        self,
+        protocol: EvaluationProtocol,
+        prompts: list[str],
+        networks: Networks,
+        data: Measurements | None,
+        progress: tqdm,
     ):
         self._protocol, self._prompts, self._networks, self._data = protocol, prompts, networks, data
         self._progress = progress
@@ -104,7 +109,7 @@ class Evaluator:
 
 
 def evaluate_samplers(
-    protocol: Protocol,
+    protocol: EvaluationProtocol,
     steps: Sequence[int],
     reference_steps: int,
     prompts: list[str],
