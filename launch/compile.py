@@ -7,7 +7,6 @@ each chip needs against what it has, the FLOPs of a step and the bytes that a ch
 the compiler has assigned the buffers and checked that they fit, and writes no code, a tenth of that.
 """
 
-import json
 import os
 import resource
 import sys
@@ -23,6 +22,7 @@ from ml_collections import config_flags
 from mlcm_jax.cli import run_main
 from mlcm_jax.config import validate
 from mlcm_jax.errors import UserError
+from mlcm_jax.hub.save import to_json
 from mlcm_jax.training.compile_steps import StepMemory, compile_step, step_memory
 from mlcm_jax.training.hlo import collective_bytes, read_buffer_assignment
 from mlcm_jax.training.program import average_trips, build_program
@@ -158,7 +158,7 @@ def main():
     print(f"{done:>10}  in {seconds:.0f} s: {memory}, which has {figures['hbm_gb']} GB")
     print(" exchanged  " + (", ".join(f"{kind} {moved / 1e9:.3g} GB" for kind, moved in traffic.items()) or "nothing"))
     if OUT.value:
-        Path(OUT.value).write_text(json.dumps(figures, indent=2) + "\n")
+        Path(OUT.value).write_text(to_json(figures, indent=2) + "\n")
     if MEMORY_ONLY.value:
         leave()
 

@@ -16,7 +16,7 @@ from absl import flags
 
 from mlcm_jax.cli import run_main
 from mlcm_jax.errors import UserError
-from mlcm_jax.hub.lora import with_loras
+from mlcm_jax.hub.lora import parse_lora, with_loras
 from mlcm_jax.hub.pipeline import save_pipeline
 from mlcm_jax.hub.single_file import save_single_file
 from mlcm_jax.hub.text import with_text
@@ -34,6 +34,8 @@ def main():
     if out.exists() and (single or not out.is_dir() or any(out.iterdir())):
         what = "exists" if single else "exists and is not an empty folder"
         raise UserError(f"--out={out} {what}: choose another.")
+    for entry in LORA.value or []:
+        parse_lora(entry)  # answers a mistake before the model is read
     pipeline = load_model()
     if TEXT.value:
         pipeline = with_text(pipeline, TEXT.value)

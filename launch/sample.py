@@ -18,7 +18,7 @@ from mlcm_jax.data.prompts import read_prompts
 from mlcm_jax.diffusion.samplers import SAMPLERS, step_table
 from mlcm_jax.diffusion.scheduler_config import of_class
 from mlcm_jax.errors import UserError
-from mlcm_jax.hub.lora import with_loras
+from mlcm_jax.hub.lora import parse_lora, with_loras
 from mlcm_jax.hub.pipeline import Pipeline
 from mlcm_jax.hub.text import with_text
 from mlcm_jax.hub.vae import load_vae
@@ -92,6 +92,8 @@ def initial_noise(pipeline: Pipeline, num_prompts: int) -> jax.Array:
 
 def main():
     prompts = asked_prompts()
+    for entry in LORA.value or []:
+        parse_lora(entry)  # answers a mistake before the model is read
     pipeline = load_model(DTYPE.value)
     if TEXT.value:
         pipeline = with_text(pipeline, TEXT.value, dtype=jnp.dtype(DTYPE.value))

@@ -1,8 +1,9 @@
 """The common entry of the programs in launch/: a user's mistake is one line and exit status 2."""
 
+import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -30,7 +31,10 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         if "config" in flags.FLAGS and _unfit(flags.FLAGS["config"]):
             _fail(_no_config_file(argv))
+        _require_finite({name: flags.FLAGS[name].value for name in flags.FLAGS})
         return rest
+    except UserError as e:
+        _fail(e)
     except flags.Error as e:
         if "get_config() takes 0 positional arguments" in str(e):
             _fail(UserError("This configuration has no variants: leave out what follows the colon."))
@@ -42,6 +46,16 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         _fail(unknown)
     except OSError:
         _fail(_no_config_file(argv))
+
+
+def _require_finite(values: Mapping[str, Any]) -> None:
+    """Raise UserError for a number, also in a configuration's groups and lists, that is NaN or infinity."""
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name}={value} is no finite number: give another, or leave it out for the default.")
+        inner = dict(enumerate(value)) if isinstance(value, list | tuple) else value
+        if isinstance(inner, Mapping | ConfigDict):
+            _require_finite({f"{name}.{key}": each for key, each in inner.items()})
 
 
 def _unfit(config: flags.Flag) -> bool:

@@ -1,6 +1,7 @@
 """What an evaluation leaves behind: results.json, results.md, a plot of each metric against the steps, and a grid."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,9 @@ def _table(rows: Sequence[Row], columns: Sequence[Column], figures: Callable[[Ro
 
 
 def _cell(figure: Figure, decimals: int) -> str:
-    rounded = (round(number, decimals) + 0.0 for number in (figure.value, *figure.interval))  # no -0.0
+    rounded = [round(number, decimals) + 0.0 for number in (figure.value, *figure.interval)]  # no -0.0
+    if not all(map(math.isfinite, rounded)):
+        return f"{rounded[0]:.{decimals}f}" if math.isfinite(rounded[0]) else "-"
     return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*rounded, d=decimals)
 
 

@@ -21,7 +21,7 @@ from mlcm_jax.errors import UserError, listed
 from mlcm_jax.hub import names
 from mlcm_jax.hub.host_copy import copy_into, empty_aligned
 from mlcm_jax.hub.layout import Layout, LayoutReader
-from mlcm_jax.hub.tensor_reader import DTYPES, TensorReader, open_weights
+from mlcm_jax.hub.tensor_reader import DTYPES, TensorReader, is_finite, open_weights
 from mlcm_jax.hub.tensor_reader import find_weights as find_weights
 from mlcm_jax.hub.tensor_reader import read_json as read_json
 from mlcm_jax.types import Params
@@ -41,8 +41,6 @@ ALIASES = (
     (re.compile(r"\.attentions\.0\.proj_attn\."), ".attentions.0.to_out.0."),
 )
 
-EXPONENTS = {"float32": np.uint32(0x7F800000), "float16": np.uint16(0x7C00), "bfloat16": np.uint16(0x7F80)}
-CHUNK = 1 << 16  # elements, whose intermediate results stay in the processor's cache
 THREADS = 4  # that read, check, cast and place an array each
 
 
@@ -131,14 +129,6 @@ def read_layer(
             "again, and if that does not help, use another model."
         )
     return names.to_flax(path, tensor if shape is None else tensor.reshape(shape))
-
-
-def is_finite(tensor: np.ndarray) -> bool:
-    """Whether a float tensor is free of NaN and infinity, by its exponents: a fraction of the time to read it."""
-    bits = tensor.reshape(-1).view(f"u{tensor.itemsize}")
-    exponent = EXPONENTS[tensor.dtype.name]
-    chunks = (bits[i : i + CHUNK] for i in range(0, bits.size, CHUNK))
-    return not any(((chunk & exponent) == exponent).any() for chunk in chunks)
 
 
 def place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:

@@ -7,10 +7,12 @@ tensors, again with alpha = rank. Every loader comes to the same weights.
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import traverse_util
@@ -22,7 +24,7 @@ from mlcm_jax.hub.fetch import SCHEDULER_NAME, resolve_lora
 from mlcm_jax.hub.load import read_json
 from mlcm_jax.hub.lora_names import FILE_NAMES, PARTS, Spelling, kohya_naming, spellings
 from mlcm_jax.hub.lora_reader import load_loras
-from mlcm_jax.hub.pipeline import Pipeline
+from mlcm_jax.hub.pipeline import Network, Pipeline
 from mlcm_jax.hub.save import FORMAT, Entry, host_array, write_safetensors
 from mlcm_jax.models import lora as low_rank
 from mlcm_jax.types import Params
@@ -106,24 +108,41 @@ def with_loras(pipeline: Pipeline, loras: Sequence[str]) -> Pipeline:
     """
     networks, scheduler_config = pipeline.networks(), pipeline.scheduler_config
     for entry in loras:
-        place, scale = _parse(entry)
+        place, scale = parse_lora(entry)
         path = resolve_lora(place)
         beside = path / SCHEDULER_NAME
         scheduler_config = read_json(beside) if beside.is_file() else scheduler_config
         shapes = {part: networks[part].params for part in PARTS if part in networks}
         for part, tree in load_loras(path, shapes, dtype=np.float32).items():
-            merged = low_rank.merge(networks[part].params, low_rank.scaled(tree, scale, 1))
-            networks[part] = dataclasses.replace(networks[part], params=merged)
+            networks[part] = _merged(networks[part], low_rank.scaled(tree, scale, 1), f"--lora={entry} for the {part}")
     encoders = tuple(network for part, network in networks.items() if part.startswith("text_encoder"))
     adapted = dataclasses.replace(pipeline, unet=networks["unet"], text_encoders=encoders)
     return adapted.with_scheduler(scheduler_config)
 
 
-def _parse(entry: str) -> tuple[str, float]:
+def _merged(network: Network, lora: Params, what: str) -> Network:
+    """The network with a scaled LoRA folded in; raises UserError where a weight would not be finite."""
+    params = low_rank.merge(network.params, lora)
+    changed: dict[names.Path, Any] = traverse_util.flatten_dict(params)
+    for *module, _ in traverse_util.flatten_dict(lora):
+        kernel = changed[*module, "kernel"]
+        if not jnp.isfinite(kernel).all():
+            raise UserError(
+                f"{what} leaves {'.'.join(module)} with values that {kernel.dtype.name} does not hold: use a smaller "
+                "scale."
+            )
+    return dataclasses.replace(network, params=params)
+
+
+def parse_lora(entry: str) -> tuple[str, float]:
+    """Place and scale of PLACE or PLACE:SCALE; raises UserError for a scale that is no finite number."""
     path, colon, scale = entry.rpartition(":")
     if not colon or Path(entry).exists():
         return entry, 1.0
     try:
-        return path, float(scale)
+        factor = float(scale)
     except ValueError:
-        raise UserError(f"--lora={entry} ends in {scale!r}, which is no scale: write FILE or FILE:0.8.") from None
+        factor = float("nan")
+    if not math.isfinite(factor):
+        raise UserError(f"--lora={entry} ends in {scale!r}, which is no scale: write FILE or FILE:0.8.")
+    return path, factor

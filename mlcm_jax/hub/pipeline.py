@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -280,5 +281,7 @@ def save_pipeline(
                 copy_folder(source / part, folder / part)
             else:
                 model_index[part] = [None, None]
-    write_json(scheduler_config, folder / "scheduler" / SCHEDULER_NAME)
+    # JSON has no infinity: a bound that is none is left out, as absent means the same
+    written = {k: v for k, v in scheduler_config.items() if v != -math.inf}
+    write_json(written, folder / "scheduler" / SCHEDULER_NAME)
     write_json(model_index, folder / "model_index.json")

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ from etils import epath
 
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub import names
-from mlcm_jax.hub.tensor_reader import DTYPES
+from mlcm_jax.hub.tensor_reader import DTYPES, is_finite
 from mlcm_jax.parallel.distributed import host_array
 from mlcm_jax.types import Params
 
@@ -64,7 +65,20 @@ def copy_folder(source: Path, target: epath.Path) -> None:
 def write_json(value: Mapping[str, Any], path: epath.PathLike):
     """Write a JSON object as diffusers and transformers lay it out."""
     with atomic_write(path) as f:
-        f.write((json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+        f.write((to_json(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def to_json(value: Any, **layout: Any) -> str:
+    """A value as JSON text, which has no word for a number that is not finite: null stands for it."""
+    return json.dumps(_finite_or_none(value), allow_nan=False, **layout)
+
+
+def _finite_or_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite_or_none(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite_or_none(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _header(entries: list[Entry], metadata: Mapping[str, str]) -> bytes:
@@ -87,7 +101,8 @@ def _header(entries: list[Entry], metadata: Mapping[str, str]) -> bytes:
 def write_safetensors(entries: list[Entry], path: epath.PathLike, metadata: Mapping[str, str] = FORMAT):
     """Write entries one array at a time; of several processes the first writes, all must call.
 
-    Raises UserError for a dtype other than float32, float16 and bfloat16.
+    Raises UserError for a dtype other than float32, float16 and bfloat16, and for a tensor that is not finite, or would
+    not be in its dtype; the file is then not there.
     """
     for entry in entries:
         if entry.dtype.name not in FILE_DTYPES:
@@ -104,8 +119,19 @@ def write_safetensors(entries: list[Entry], path: epath.PathLike, metadata: Mapp
     with atomic_write(path) as f:
         f.write(_header(entries, metadata))
         for entry in entries:
-            for tensor in entry.read():
-                f.write(np.ascontiguousarray(tensor, entry.dtype).reshape(-1).view(np.uint8).data)
+            for name, tensor in zip(entry.names, entry.read(), strict=True):
+                f.write(_checked(name, tensor, entry.dtype).view(np.uint8).data)
+
+
+def _checked(name: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A tensor's values in order and in the file's dtype; raises UserError where one is not finite."""
+    with np.errstate(over="ignore"):
+        values = np.ascontiguousarray(tensor, dtype).reshape(-1)
+    if is_finite(values):
+        return values
+    if np.isfinite(np.asarray(tensor, np.float32)).all():
+        raise UserError(f"{name} has values that {dtype.name} does not hold: use --dtype=bfloat16 or --dtype=float32.")
+    raise UserError(f"{name} has values that are no finite numbers, so nothing is written: use another checkpoint.")
 
 
 def _descending_itemsize(entry: Entry) -> int:

@@ -37,8 +37,14 @@ def decode(vae: Network, latents: Latents | HostLatents, tiling: str = "auto") -
     """Images of scaled latents, fetched at once; the program decodes one at a time: a decoder's activations are large.
 
     tiling: "on" decodes what is larger than the autoencoder's ``sample_size`` in tiles of that size, "auto" only
-    pictures of more than 1024 px. Raises UserError for "on" with an AutoencoderTiny, which needs no tiles.
+    pictures of more than 1024 px. Raises UserError for "on" with an AutoencoderTiny, which needs no tiles, and for
+    latents that are not finite.
     """
+    if not np.isfinite(host_array(latents)).all():
+        raise UserError(
+            "The samples are no finite numbers, so there are no images: lower the guidance scale or the LoRA's, or "
+            "compute in float32."
+        )
     module: Any = vae.module
     tile = module.config.sample_size if in_tiles(vae, latents, tiling) else None
     return host_array(decoding_program(module, vae.params, latents, tile))

@@ -9,7 +9,7 @@ import tensorboardX
 from etils import epath
 from tqdm import tqdm
 
-from mlcm_jax.hub.save import atomic_write, is_remote
+from mlcm_jax.hub.save import atomic_write, is_remote, to_json
 from mlcm_jax.parallel.distributed import is_first
 from mlcm_jax.training.wandb_run import WandbRun
 
@@ -62,13 +62,13 @@ class MetricWriter:
         workdir.mkdir(parents=True, exist_ok=True)
         self._path = workdir / "metrics.jsonl"
         kept = [m for m in read_metrics(self._path) if m["step"] <= start_step]
-        self._file = Lines(self._path, "".join(json.dumps(m) + "\n" for m in kept))
+        self._file = Lines(self._path, "".join(to_json(m) + "\n" for m in kept))
         self._board = tensorboardX.SummaryWriter(str(workdir / "tb"), purge_step=start_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         if self._file is None or self._board is None:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(to_json({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         if self._wandb is not None:
