@@ -32,8 +32,8 @@ STAGES = {
     "trajectories": ("", 1, ()),
     "mds": ("", 1, ("--config.states=mds",)),
     "student samples": ("", 4, ()),
-    "reward, with decoder": ("all", 5, ("--config.preference.scorer=clip=examples/emoji/scorer",)),
-    "matching and discriminator": ("all", 6, ("--config.preference.scorer=clip=examples/emoji/scorer",)),
+    "reward, with decoder": ("all", 5, ("--config.preference.reward_model=clip=examples/emoji/scorer",)),
+    "matching and discriminator": ("all", 6, ("--config.preference.reward_model=clip=examples/emoji/scorer",)),
 }
 
 

@@ -15,7 +15,7 @@ import torch
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from mlcm_jax.distillation.segments import LAST_TIMESTEP, edges
+from mlcm_jax.distillation.segments import LAST_TIMESTEP
 from mlcm_jax.hub import names
 from mlcm_jax.models.lora import target_modules
 from mlcm_jax.types import Params
@@ -98,10 +98,10 @@ class Conditioning(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Inputs of a step, channels-first: jumps since pure noise, that noise, a timestep in the next state's segment."""
+    """Inputs of a step, channels-first: solver steps since pure noise, that noise, a timestep in the next state's segment."""
 
     conditioning: Conditioning
-    jumps: torch.Tensor
+    trajectory_step: torch.Tensor
     guidance_scale: torch.Tensor
     noise: torch.Tensor
     next_timesteps: torch.Tensor
@@ -124,10 +124,12 @@ def to_conditioning(conditioning: Any, device: Any, dtype: torch.dtype) -> Condi
 def make_rows(batch: Any, draws: dict[str, np.ndarray], device: Any, dtype: torch.dtype) -> Rows:
     """From a types.Batch and workload.draws_at."""
     noise = to_torch(draws["noise"], device).permute(0, 3, 1, 2).contiguous()
-    numbers = (to_torch(a, device) for a in (batch.jumps, batch.guidance_scale))
-    jumps, guidance_scale = numbers
+    numbers = (to_torch(a, device) for a in (batch.trajectory_step, batch.guidance_scale))
+    trajectory_step, guidance_scale = numbers
     next_timesteps = to_torch(draws["next_timesteps"], device)
-    return Rows(to_conditioning(batch.conditioning, device, dtype), jumps, guidance_scale, noise, next_timesteps)
+    return Rows(
+        to_conditioning(batch.conditioning, device, dtype), trajectory_step, guidance_scale, noise, next_timesteps
+    )
 
 
 class TrainStep:
@@ -141,7 +143,7 @@ class TrainStep:
         self.teacher, self.student, self.config, self.unconditional = teacher, student, config, unconditional
         self.device = unconditional.pooled.device
         self.alphas_cumprod = to_torch(alphas_cumprod, self.device)
-        self.edges = to_torch(edges(config.num_segments), self.device)
+        self.boundaries = to_torch(boundaries(config.num_segments), self.device)
         self.trained = [p for p in student.parameters() if p.requires_grad]
         o = config.optim
         self.optimizer = torch.optim.AdamW(
@@ -152,7 +154,7 @@ class TrainStep:
             weight_decay=o.weight_decay,
             fused=self.device.type == "cuda",
         )
-        self.pool, self.evaluations = None, 0
+        self.trajectory_buffer, self.evaluations = None, 0
 
     def compiled(self) -> "TrainStep":
         """The same step with both networks compiled in place."""
@@ -190,15 +192,15 @@ class TrainStep:
 
     @torch.no_grad()
     def _states(self, rows: Rows):
-        z, t = self.pool or (rows.noise, torch.full_like(rows.jumps, LAST_TIMESTEP))
-        fresh = rows.jumps == 0
+        z, t = self.trajectory_buffer or (rows.noise, torch.full_like(rows.trajectory_step, LAST_TIMESTEP))
+        fresh = rows.trajectory_step == 0
         t = torch.where(fresh, LAST_TIMESTEP, t)
         z = torch.where(fresh[:, None, None, None], rows.noise, z)
-        edge = self.edges[(rows.jumps - 1).clamp(min=0) + 1]
+        edge = self.boundaries[(rows.trajectory_step - 1).clamp(min=0) + 1]
         t_n = torch.maximum(t - self.config.skip, edge)
         x0 = self._teacher_x0(rows, z, t)
         t_next = torch.minimum(rows.next_timesteps, t - 1)
-        self.pool = (self._ddim(z, x0, t, t_next), t_next)
+        self.trajectory_buffer = (self._ddim(z, x0, t, t_next), t_next)
         z_n = self._ddim(z, x0, t, t_n)
         at_edge = (t_n == edge)[:, None, None, None]
         return z, t, edge, torch.where(at_edge, z_n, self._jump(rows, z_n, t_n, edge))

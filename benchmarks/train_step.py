@@ -19,7 +19,7 @@ import workload
 from absl import app, flags
 from options import DTYPE, MODEL, OUT, REPEATS, TIME_LIMIT
 
-from mlcm_jax.distillation.step import Frozen
+from mlcm_jax.distillation.state import Frozen
 from mlcm_jax.training.program import Program
 
 TRAINABLE = flags.DEFINE_list("trainable", ["full", "lora"], "full, lora, or both.")
@@ -72,7 +72,7 @@ def check_losses(program: Program, compiled: Any) -> tuple[list[float], list[flo
     dtype = torch_reference.DTYPES[program.config.frozen_dtype]
     for step in range(CHECKED_STEPS):
         batch = workload.batch_at(program, step)
-        draws = workload.draws_at(program, step, np.asarray(batch.jumps))
+        draws = workload.draws_at(program, step, np.asarray(batch.trajectory_step))
         state, metrics = compiled(state, frozen, batch)
         ours.append(float(metrics["loss"]))
         theirs.append(float(reference(torch_reference.make_rows(batch, draws, device, dtype))))
@@ -115,7 +115,7 @@ def reference_side(program: Program, evaluations: int, *, compiled: bool) -> tim
     unconditional = workload.random_inputs(program.frozen.unconditional, 2)
     step = torch_reference.make_train_step(program, unconditional, device)
     batch = workload.batch_at(program, program.config.num_segments)
-    draws = workload.draws_at(program, 0, np.asarray(batch.jumps))
+    draws = workload.draws_at(program, 0, np.asarray(batch.trajectory_step))
     dtype = torch_reference.DTYPES[program.config.frozen_dtype]
     rows = torch_reference.make_rows(batch, draws, device, dtype)
     step(rows)

@@ -19,11 +19,11 @@ from ml_collections import ConfigDict
 from mlcm_jax import rng
 from mlcm_jax.config import base
 from mlcm_jax.distillation.segments import draw_timesteps
-from mlcm_jax.distillation.step import Frozen
+from mlcm_jax.distillation.state import Frozen
 from mlcm_jax.hub import names
 from mlcm_jax.hub.pipeline import Pipeline, read_architecture
 from mlcm_jax.models.unet import UNet2DConditionModel
-from mlcm_jax.training.batch_plan import rows_at
+from mlcm_jax.training.batch_plan import batch_plan
 from mlcm_jax.training.program import Program, build_program
 from mlcm_jax.types import Batch
 
@@ -131,22 +131,22 @@ def random_frozen(program: Program) -> Frozen:
 def batch_at(program: Program, step: int) -> Batch:
     """The batch of ``step`` (0 for the first), with random conditioning that does not depend on it."""
     stage = program.stages[0]
-    rows = rows_at((stage.stage,), step)
+    rows = batch_plan((stage.stage,), step)
     return Batch(
         conditioning=jax.device_put(random_inputs(stage.batch.conditioning)),
-        jumps=jnp.asarray(rows.jumps, jnp.int32),
+        trajectory_step=jnp.asarray(rows.trajectory_step, jnp.int32),
         num_segments=jnp.int32(program.config.num_segments),
         guidance_scale=jnp.asarray(rows.guidance_scale),
         seed=jnp.asarray(rng.seed_words(program.config.seed)),
     )
 
 
-def draws_at(program: Program, step: int, jumps: np.ndarray) -> dict[str, np.ndarray]:
+def draws_at(program: Program, step: int, trajectory_step: np.ndarray) -> dict[str, np.ndarray]:
     """What the step draws by itself: the noise that trajectories start from, channels-last, and for each row a
     timestep in the segment of its next state."""
     config = program.config
-    noise = jax.random.normal(rng.stream(config.seed, "noise", step), (len(jumps), *program.latent_shape))
-    following = jnp.minimum(jnp.asarray(jumps), config.num_segments - 1)
+    noise = jax.random.normal(rng.stream(config.seed, "noise", step), (len(trajectory_step), *program.latent_shape))
+    following = jnp.minimum(jnp.asarray(trajectory_step), config.num_segments - 1)
     drawn = draw_timesteps(rng.stream(config.seed, "timesteps", step), following, config.num_segments)
     return {"noise": np.asarray(noise), "next_timesteps": np.asarray(drawn)}
 

@@ -32,8 +32,8 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.optim.schedule = "cosine"
     config.optim.warmup_steps = 20
     # For whoever gives preference.weight: learn from one judge, watch another.
-    config.preference.scorer = "clip=examples/emoji/scorer"
-    config.preference.guard = "clip=examples/emoji/guard"
+    config.preference.reward_model = "clip=examples/emoji/scorer"
+    config.preference.held_out_reward_model = "clip=examples/emoji/guard"
     config.preference.target = 1.0  # the largest cosine: there is always something to gain
     config.compute_dtype = "float32"
     config.frozen_dtype = "float32"

@@ -2,7 +2,7 @@
 
     python launch/train.py --config=configs/sdxl.py:lora --workdir=runs/sdxl --config.prompts=prompts.txt
     python launch/train.py --config=configs/sdxl.py:all --workdir=runs/sdxl --config.prompts=prompts.txt \
-        --config.preference.scorer=mps=DIR
+        --config.preference.reward_model=mps=DIR
     python launch/compile.py --config=configs/sdxl.py --topology=v5e:4x4
 
 ":lora" (the paper's: rank 64), ":full" (all 2.57 B weights, sharded over the fsdp axis; the default) or ":all" (the
@@ -13,7 +13,7 @@ Stages: 12,000 steps with 8, 4 and 2 segments, then 2,000 of consistency across 
 matching and a discriminator. The paper does not give the weights of these losses: they are a first guess, not tried.
 A reward model is exploited sooner or later. Give ":all" a guard of another kind and a limit, and compare the images
 before and after that stage by independent features (docs/method.md, "What guards a reward stage"):
---config.preference.guard=efficientnet=DIR --config.preference.stop_when_guard_falls=0.02
+--config.preference.held_out_reward_model=efficientnet=DIR --config.preference.stop_when_held_out_falls=0.02
 States are streamed (config.states="mds" is the paper's choice and costs 2.5 times the work at M = 8).
 prompts: any text file, one prompt a line; the paper took LAION-Aesthetics 6+ captions.
 """

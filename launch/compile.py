@@ -20,12 +20,13 @@ from absl import flags
 from ml_collections import config_flags
 
 from mlcm_jax.cli import run_main
-from mlcm_jax.config import validate
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.save import to_json
+from mlcm_jax.training.batch_plan import source_of
+from mlcm_jax.training.checks import validate
 from mlcm_jax.training.compile_steps import StepMemory, compile_step, step_memory
 from mlcm_jax.training.hlo import collective_bytes, read_buffer_assignment
-from mlcm_jax.training.program import average_trips, build_program
+from mlcm_jax.training.program import build_program
 from mlcm_jax.training.run import describe_teacher
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, such as configs/sdxl.py.")
@@ -137,7 +138,7 @@ def main():
     look = assign_buffers if MEMORY_ONLY.value else compile_whole
     memory, hlo = look(lowered, f"stage {STAGE.value} on {TOPOLOGY.value}")
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    traffic = collective_bytes(hlo, average_trips(stage.stage.config))
+    traffic = collective_bytes(hlo, source_of(stage.stage).average_loop_trips(stage.stage.config))
     figures = {
         "topology": TOPOLOGY.value,
         "trainable": config.trainable,

@@ -1,27 +1,53 @@
 """Every setting of a distillation run, once, with its default, unit and meaning; files in configs/ override them.
 
-A configuration is locked: a misspelt key is an error that names the nearest real one.
+A configuration is locked: a misspelt key is an error that names the nearest real one. Who owns a setting checks it:
+training/checks.py lists the owners.
 """
 
+from typing import Any
+
+from absl import logging
 from ml_collections import ConfigDict
 
-from mlcm_jax.distillation.distances import DISTANCES
-from mlcm_jax.distillation.losses.preference import FORMS
-from mlcm_jax.distillation.segments import LAST_TIMESTEP, MAX_SEGMENTS
-from mlcm_jax.distillation.states import SOURCES
-from mlcm_jax.distillation.targets import JUMPS
-from mlcm_jax.errors import UserError
-from mlcm_jax.models.attention_backend import BACKENDS
-from mlcm_jax.models.lora import UNET_TARGETS
-from mlcm_jax.models.remat import REMAT_POLICIES
-from mlcm_jax.parallel.sharding import RULES
-from mlcm_jax.rng import MAX_SEED
-from mlcm_jax.training.optimizer import OPTIMIZERS
+# Matched with re.search against the module's path, its parts joined by "/".
+LORA_TARGETS = (
+    r"/to_(q|k|v|out_0)$",
+    r"/proj_(in|out)$",
+    r"/ff/net_0/proj$",
+    r"/ff/net_2$",
+    r"/conv[12]$",
+    r"/conv_shortcut$",
+    r"/time_emb_proj$",
+    r"/(down|up)samplers_\d+/conv$",
+)
+
+# The first rule whose regular expression is found in the "/"-joined path names the axes of the array's LAST
+# dimensions, so that a kernel and the same kernel stacked by nn.scan share a rule, as do Dense and Conv kernels
+# ([..., in, out]). Along ``tensor`` the first product of a pair splits its outputs and the second its inputs, so that
+# what lies between stays on its device and one sum over the devices ends the pair.
+SHARDING_RULES = (
+    (r"(^|/)(to_out_0|out_proj|net_2|fc2|conv2|linear_2)/kernel$", ("tensor", "fsdp")),  # second of a pair
+    (r"(^|/)kernel$", ("fsdp", "tensor")),
+    (r"(^|/)embedding$", ("tensor", "fsdp")),
+    (r"(^|/)(scale|bias)$", ("fsdp",)),
+    (r"(^|/)down$", ("fsdp", None)),  # LoRA factors: never along the rank
+    (r"(^|/)up$", (None, "fsdp")),
+)
+
+# Keys and values of runs and configurations that are older than a renaming.
+RENAMED = {
+    "terms_min_timestep": "losses_min_timestep",
+    "consistency_weight": "consistency.weight",
+    "preference.scorer": "preference.reward_model",
+    "preference.guard": "preference.held_out_reward_model",
+    "preference.stop_when_guard_falls": "preference.stop_when_held_out_falls",
+}
+RENAMED_VALUES = {"target": {"edge": "boundary"}}
 
 
 def base() -> ConfigDict:
     """The defaults: MLCM's stage 1 (arXiv 2406.05768) with the paper's settings."""
-    config = ConfigDict()
+    config = RunConfig()
 
     # Teacher and prompts
     config.teacher = ""  # diffusers folder, hub id or single .safetensors file of the model to distil
@@ -36,32 +62,33 @@ def base() -> ConfigDict:
     config.image_size = 0  # height and width in pixels; 0: what the teacher's config.json says
 
     # Method
-    config.num_segments = 8  # M: the student learns to jump to the end of its segment
+    config.num_segments = 8  # M: the student learns to go to the end of its segment in one step
     config.states = "streaming"  # where training states come from: streaming, mds, data or student
-    config.trajectory_solver = "ddim"  # of the teacher's jumps between states: ddim or dpmpp_2m
-    config.timesteps = "uniform"  # of states: uniform in their segment, or milestones (its upper edge)
+    config.trajectory_solver = "ddim"  # of the teacher's steps from state to state: ddim or dpmpp_2m
+    config.timesteps = "uniform"  # of states: uniform in their segment, or milestones (its upper boundary)
     config.student_steps = 4  # steps that the student samples in for the states of "student"
     config.skip = 20  # timesteps that the teacher moves a state by, to make the target; at most to the segment's end
     config.solver_steps = 1  # guided DDIM steps that the teacher moves it in
     config.guidance_scale = 8.0  # w of the teacher that is distilled into the student
     config.guidance_scale_max = 0.0  # w is drawn between guidance_scale and this for each trajectory; 0: fixed
-    config.guidance_embedding_dim = 0  # numbers that tell the student its w (LCM: 256); 0: it has one w in its weights
+    config.guidance_embedding_dim = 0  # width of the student's embedding of w (LCM: 256); 0: it has one w within
     config.negative_prompt = ""  # for the teacher's unconditional branch; "": what its pipeline does without one
-    config.target = "edge"  # what is compared: the jumps to the segment's end (edge), or the clean latents (x0)
-    config.target_network = "student"  # that jumps from the teacher's state: student, or ema (needs ema_decay)
+    config.target = "boundary"  # where answers are compared: at the segment's lower boundary, or x0
+    config.target_network = "student"  # whose answer is the target: student, or ema (needs ema_decay)
     config.distance = "l2"  # between the two: l2, pseudo_huber or latent_lpips
     config.latent_lpips = ""  # folder of launch/train_lpips.py, for latent_lpips
-    config.consistency_weight = 1.0  # of that distance in the loss
     config.trainable = "full"  # full: all weights of the UNet; lora: low-rank factors beside the frozen teacher
     config.lora = ConfigDict()
     config.lora.rank = 64
     config.lora.alpha = 64.0  # the factors' product is multiplied by alpha / rank
-    config.lora.targets = UNET_TARGETS  # regular expressions on module paths
+    config.lora.targets = LORA_TARGETS  # regular expressions on module paths
     config.lora.start = ""  # file, folder or hub id of a LoRA to start from; "": one that changes nothing
     config.ema_decay = 0.0  # moving average of the trained weights, used for samples and export; 0: none
 
-    # Further losses (distillation/losses/base.py); weight 0: not used
-    config.terms_min_timestep = 0  # they change the answers for states from this timestep on; 999: for pure noise alone
+    # Losses (distillation/losses); weight 0: not used
+    config.consistency = ConfigDict()
+    config.consistency.weight = 1.0  # of the distance above
+    config.losses_min_timestep = 0  # the others change answers for states from this timestep on; 999: pure noise alone
     config.distribution_matching = ConfigDict()
     config.distribution_matching.weight = 0.0
     config.distribution_matching.learning_rate = 1e-5  # of the fake score
@@ -71,12 +98,12 @@ def base() -> ConfigDict:
     config.adversarial.learning_rate = 1e-4  # of the discriminator's heads
     config.adversarial.updates = 1  # of the heads, for each of the student
     config.adversarial.width = 64  # channels of a head
-    config.preference = ConfigDict()
+    config.preference = RunConfig()
     config.preference.weight = 0.0
-    config.preference.scorer = ""  # NAME=FOLDER of a judge of docs/judging.md: clip=examples/emoji/scorer
-    config.preference.guard = ""  # NAME=FOLDER of another judge, whose score is reported and never learnt from
-    config.preference.stop_when_guard_falls = 0.0  # by how much the guard's score, a running mean of logged steps, may
-    # fall below its best while the scorer's rises; then the run ends with the student before. 0: it is never stopped
+    config.preference.reward_model = ""  # NAME=FOLDER, see docs/judging.md: clip=examples/emoji/scorer
+    config.preference.held_out_reward_model = ""  # NAME=FOLDER of another one, whose score is only reported
+    config.preference.stop_when_held_out_falls = 0.0  # by how much the held-out score, a running mean of logged
+    # steps, may fall below its best while the reward model's rises; then the run ends with the student before. 0: never
     config.preference.form = "refl"  # 1e-3 relu(target - score), or margin: relu(target - score) + relu(negative score)
     config.preference.target = 2.0  # score from which on there is no loss
     config.preference.negative_prompt = ""  # of the margin form
@@ -110,7 +137,7 @@ def base() -> ConfigDict:
 
     # Devices
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # devices along each axis; -1: those left
-    config.sharding_rules = RULES  # (regular expression on the parameter's path, axis of each dimension)
+    config.sharding_rules = SHARDING_RULES  # (regular expression on the parameter's path, axis of each dimension)
 
     # Looking at it
     config.log_every = 10  # steps; to metrics.jsonl, TensorBoard and the progress bar
@@ -123,113 +150,39 @@ def base() -> ConfigDict:
     config.sample.steps = (1, 2, 4, 8)  # student
     config.sample.teacher_steps = 25  # the reference
     config.sample.teacher_few_steps = 4  # the teacher where the student works
-    config.sample.preview_vae = ""  # folder of an AutoencoderTiny for the grids on the way; "": the teacher's own
+    config.sample.preview_vae = ""  # folder of an AutoencoderTiny for the grids during training; "": the teacher's own
     return config.lock()
 
 
-def validate(config: ConfigDict) -> None:
-    """Raise UserError for a value that cannot work; what depends on devices and files is checked where it is read.
-
-    Settings that change in the course of a run are to be checked for each stage (training.stages).
-    """
-    for key, (accept, meaning) in _RULES.items():
-        value = config
-        for part in key.split("."):
-            value = value[part]
-        if not accept(value):
-            raise UserError(f"config.{key}={value!r} cannot work: it must be {meaning}.")
-    for (key, value), (needed, advice) in _NEEDS.items():
-        if config[key] == value and not config[needed]:
-            raise UserError(f"config.{key}={value!r} needs config.{needed}: {advice}.")
-    if config.adversarial.weight > 0 and config.states not in ("data", "student"):
-        raise UserError(
-            f"config.adversarial needs clean latents to tell from, and states={config.states!r} has none: use student "
-            "or data."
-        )
-    if config.guidance_embedding_dim and config.trainable == "lora":
-        raise UserError("config.guidance_embedding_dim needs trainable='full': a LoRA has no place for the embedding.")
-    if config.lora.start and config.trainable != "lora":
-        raise UserError("config.lora.start needs trainable='lora': all weights start from a teacher.")
-    if config.preference.weight > 0 and not config.preference.scorer:
-        raise UserError("config.preference.weight needs config.preference.scorer: name a judge, such as clip=FOLDER.")
-    if config.preference.stop_when_guard_falls > 0 and not config.preference.guard:
-        raise UserError("config.preference.stop_when_guard_falls needs config.preference.guard: name a judge to watch.")
-    if config.preference.form == "margin" and not config.preference.negative_prompt:
-        raise UserError("config.preference.form='margin' needs config.preference.negative_prompt: give one.")
+def current_name(key: str) -> str:
+    """The dotted name that a setting has now; for a former one, a warning names it."""
+    if key in RENAMED:
+        logging.warning("config.%s is now config.%s: please use the new name.", key, RENAMED[key])
+    return RENAMED.get(key, key)
 
 
-def _one_of(*values):
-    return (lambda v: v in values), "one of " + ", ".join(values)
+def current_value(key: str, value: Any) -> Any:
+    """What a setting's value is called now."""
+    return RENAMED_VALUES.get(key, {}).get(value, value) if isinstance(value, str) else value
 
 
-_POSITIVE = (lambda v: v > 0), "above 0"
-_NOT_NEGATIVE = (lambda v: v >= 0), "0 or more"
-_GIVEN = bool, "given"
-_SEGMENTS = (lambda v: 1 <= v <= MAX_SEGMENTS), f"from 1 to {MAX_SEGMENTS}"
-_SEED = (lambda v: 0 <= v <= MAX_SEED), f"from 0 to {MAX_SEED}"
-_STEP_COUNTS = (lambda v: len(v) > 0 and all(1 <= n <= 1000 for n in v)), "a list of numbers from 1 to 1000"
+class RunConfig(ConfigDict):
+    """A ConfigDict that also takes former keys and values, with a warning that names the new key."""
 
-_RULES = {
-    "teacher": _GIVEN,
-    "prompts": _GIVEN,
-    "sample.prompts": _GIVEN,
-    "image_size": _NOT_NEGATIVE,
-    "num_segments": _SEGMENTS,
-    "states": _one_of(*SOURCES),
-    "trajectory_solver": _one_of("ddim", "dpmpp_2m"),
-    "timesteps": _one_of("uniform", "milestones"),
-    "student_steps": _SEGMENTS,
-    "skip": _POSITIVE,
-    "solver_steps": _POSITIVE,
-    "guidance_scale_max": _NOT_NEGATIVE,
-    "guidance_embedding_dim": ((lambda v: v >= 0 and v % 2 == 0 and v != 2), "0 or an even number from 4 on"),
-    "consistency_weight": _NOT_NEGATIVE,
-    "terms_min_timestep": ((lambda v: 0 <= v <= LAST_TIMESTEP), f"from 0 to {LAST_TIMESTEP}"),
-    "distribution_matching.weight": _NOT_NEGATIVE,
-    "distribution_matching.learning_rate": _POSITIVE,
-    "distribution_matching.updates": _POSITIVE,
-    "adversarial.weight": _NOT_NEGATIVE,
-    "adversarial.learning_rate": _POSITIVE,
-    "adversarial.updates": _POSITIVE,
-    "adversarial.width": ((lambda v: v >= 2 and v % 2 == 0), "an even number above 0"),
-    "preference.weight": _NOT_NEGATIVE,
-    "preference.stop_when_guard_falls": _NOT_NEGATIVE,
-    "preference.form": _one_of(*FORMS),
-    "target": _one_of(*JUMPS),
-    "target_network": _one_of("student", "ema"),
-    "guidance_scale": _POSITIVE,
-    "distance": _one_of(*DISTANCES),
-    "trainable": _one_of("full", "lora"),
-    "lora.rank": _POSITIVE,
-    "lora.alpha": _POSITIVE,
-    "ema_decay": ((lambda v: 0 <= v < 1), "0 or more and less than 1"),
-    "seed": _SEED,
-    "num_steps": _POSITIVE,
-    "batch_size": _POSITIVE,
-    "microbatches": _POSITIVE,
-    "optim.name": _one_of(*OPTIMIZERS),
-    "optim.moment_dtype": _one_of("float32", "bfloat16"),
-    "remat_policy": _one_of(*REMAT_POLICIES),
-    "optim.learning_rate": _POSITIVE,
-    "optim.warmup_steps": _NOT_NEGATIVE,
-    "optim.schedule": _one_of("constant", "cosine", "linear"),
-    "optim.clip_norm": _POSITIVE,
-    "compute_dtype": _one_of("float32", "bfloat16"),
-    "frozen_dtype": _one_of("float32", "bfloat16"),
-    "attention": _one_of(*BACKENDS),
-    "unroll": _POSITIVE,
-    "log_every": _POSITIVE,
-    "checkpoint_every": _POSITIVE,
-    "keep_checkpoints": _POSITIVE,
-    "sample_every": _POSITIVE,
-    "sample.steps": _STEP_COUNTS,
-    "sample.teacher_steps": _POSITIVE,
-    "sample.teacher_few_steps": _POSITIVE,
-}
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(self._here(key))
 
-# setting and value: (what must be given then, what to do)
-_NEEDS = {
-    ("states", "data"): ("latents", "make a file of them with launch/encode.py"),
-    ("distance", "latent_lpips"): ("latent_lpips", "name a folder that launch/train_lpips.py wrote"),
-    ("target_network", "ema"): ("ema_decay", "set the decay of the moving average, such as 0.95"),
-}
+    def __setitem__(self, key: Any, value: Any) -> None:
+        *outer, last = str(self._here(key)).split(".")
+        owner: Any = self if not outer else self[".".join(outer)]
+        ConfigDict.__setitem__(owner, last, current_value(last, value))
+
+    def _here(self, key: Any) -> Any:
+        """The present name of a key of this node, whose own place in the configuration is not known here."""
+        for old, new in RENAMED.items():
+            section, _, name = old.rpartition(".")
+            present = new.removeprefix(f"{section}.")
+            if name == key and key not in self._fields and present.split(".")[0] in self._fields:
+                current_name(old)
+                return present
+        return key

@@ -4,21 +4,22 @@ Inside the project every image-like array is channels-last: latents [N, h, w, c]
 Channels-first appears only at the edge to diffusers (npy files, PyTorch comparisons).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, Key, UInt32
 
 Params = dict[str, Any]
 Latents = Float[Array, "n h w c"]
 HostLatents = Float[np.ndarray, "n h w c"]  # fetched
+AnyKey = Key[Array, ""] | UInt32[Array, "2"]
 Timesteps = Int[Array, " n"]  # 0..999, the index into alphas_cumprod
 
 
 @flax.struct.dataclass
 class TextConditioning:
-    """What the denoiser is told beside the latents and the time (SDXL's micro-conditioning).
+    """What the denoiser takes beside the latents and the time (SDXL's micro-conditioning).
 
     hidden_states: token states of all text encoders side by side.
     pooled: projected state of the last encoder's end-of-text token.
@@ -30,28 +31,39 @@ class TextConditioning:
     time_ids: Float[Array, "n 6"]
 
 
+class Condition(NamedTuple):
+    """What the denoisers are conditioned on, an entry an example. guidance_scale: of the teacher."""
+
+    conditioning: TextConditioning
+    guidance_scale: Float[Array, " n"]
+
+
 @flax.struct.dataclass
 class Batch:
     """What a training step takes.
 
-    jumps: the teacher's jumps from pure noise to each row's state. num_segments: M of this step. guidance_scale: of
-    the teacher. seed: the run's (rng.seed_words), so that one compiled program serves all seeds. latents: clean ones,
-    scaled, where states are made of data. judge_tokens: the prompts for the judges of the preference term, by the
-    judge's role.
+    trajectory_step: the teacher's solver steps from pure noise to each example's state. num_segments: M of this step.
+    guidance_scale: of the teacher. seed: the run's (rng.seed_words), so that one compiled program serves all seeds.
+    latents: clean ones, scaled, where states are made of data. prompt_tokens: the prompts as frozen networks beside
+    the teacher read them, by the network's role.
     """
 
     conditioning: TextConditioning
-    jumps: Int[Array, " n"]
+    trajectory_step: Int[Array, " n"]
     num_segments: Int[Array, ""]
     guidance_scale: Float[Array, " n"]
     seed: UInt32[Array, "2"]
     latents: Latents | None = None
-    judge_tokens: dict[str, Int[Array, "n t"]] = flax.struct.field(default_factory=dict)
+    prompt_tokens: dict[str, Int[Array, "n t"]] = flax.struct.field(default_factory=dict)
+
+    @property
+    def condition(self) -> Condition:
+        return Condition(self.conditioning, self.guidance_scale)
 
 
 @flax.struct.dataclass
-class Pool:
-    """A live trajectory for each row of the batch: the next state z at t, and the x0 that was predicted at t_prev."""
+class TrajectoryBuffer:
+    """A live trajectory for each example of the batch: the next state z at t, and the x0 predicted at t_prev."""
 
     z: Latents
     t: Timesteps

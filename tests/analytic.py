@@ -66,3 +66,8 @@ class MixtureTeacher:
         """E[eps | z_t = z]."""
         alpha, sigma = alpha_sigma(self.schedule, t)
         return (z - alpha * self.x0(z, t)) / sigma
+
+
+def segment_of(t, num_segments):
+    """The segment with lower < t <= upper; t = 0, which only ends a segment, counts to the last one."""
+    return (num_segments * (1000 - t) - 1) // 1000

@@ -20,7 +20,8 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Shapes and dtypes in the signatures of these packages are checked at each call (at trace time under jit).
-install_import_hook(("mlcm_jax.diffusion", "mlcm_jax.distillation"), "beartype.beartype")
+CHECKED = ("segments", "trajectory", "states", "targets", "distances", "losses")
+install_import_hook(("mlcm_jax.diffusion", *(f"mlcm_jax.distillation.{m}" for m in CHECKED)), "beartype.beartype")
 
 hypothesis.settings.register_profile("tests", deadline=None, max_examples=50, derandomize=True)
 hypothesis.settings.load_profile("tests")

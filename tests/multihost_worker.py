@@ -13,11 +13,13 @@ import numpy as np
 from etils import epath
 from toy_denoiser import LATENT_SHAPE, toy_apply, toy_batch, toy_conditioning, toy_params, toy_state
 
-from mlcm_jax.distillation.step import Frozen, make_train_step
+from mlcm_jax.distillation.context import DistillationContext
+from mlcm_jax.distillation.state import Frozen
+from mlcm_jax.distillation.step import make_train_step
 from mlcm_jax.errors import UserError
 from mlcm_jax.parallel import distributed, sharding
 from mlcm_jax.training import loop
-from mlcm_jax.training.batch_plan import rows_at
+from mlcm_jax.training.batch_plan import batch_plan
 from mlcm_jax.training.checkpoint import Checkpoints
 from mlcm_jax.training.optimizer import make_optimizer
 from mlcm_jax.training.report import Known
@@ -37,20 +39,20 @@ def train(workdir: epath.Path, num_steps: int, fsdp: int, devices=None) -> None:
     mesh, stages = sharding.make_mesh(config.mesh, devices), read_stages(config)
     rows, replicated = sharding.batch_sharding(mesh), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     optimizer = make_optimizer(config.optim, num_steps)
-    step = make_train_step(toy_apply, SCHEDULE, optimizer, config, LATENT_SHAPE)
+    step = make_train_step(DistillationContext(toy_apply, SCHEDULE, config), optimizer, LATENT_SHAPE)
 
     def start():
         return toy_state(toy_params(1), optimizer, BATCH_SIZE, with_ema=True)
 
     placements = sharding.param_shardings(jax.eval_shape(start), mesh, RULES, min_size=1)
-    placements = placements.replace(pool=jax.tree.map(lambda _: rows, placements.pool))
+    placements = placements.replace(trajectory_buffer=jax.tree.map(lambda _: rows, placements.trajectory_buffer))
     frozen = jax.tree.map(
         lambda a: sharding.from_equal_values(replicated, a), Frozen(toy_params(2), toy_conditioning(1, 4))
     )
 
     def batch(number):
         """This process's rows alone reach its devices."""
-        whole = toy_batch(BATCH_SIZE, number, rows_at(stages, number).jumps, config.num_segments)
+        whole = toy_batch(BATCH_SIZE, number, batch_plan(stages, number).trajectory_step, config.num_segments)
         mine = sharding.local_rows(rows, BATCH_SIZE)
         return jax.tree.map(
             lambda a: (

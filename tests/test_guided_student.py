@@ -1,4 +1,4 @@
-"""A student that is told its guidance scale (``time_cond_proj_dim``, as latent consistency models have it)."""
+"""A student that is conditioning its guidance scale (``time_cond_proj_dim``, as latent consistency models have it)."""
 
 import dataclasses
 
@@ -12,8 +12,9 @@ from tiny_models import ONE_LEVEL_XL, save_sdxl
 from torch_weights import assert_close, channels_first, channels_last
 from toy_denoiser import LATENT_SHAPE, toy_apply, toy_batch, toy_conditioning, toy_params, toy_state
 
-from mlcm_jax.distillation.state import with_guidance_embedding
-from mlcm_jax.distillation.step import Frozen, make_train_step
+from mlcm_jax.distillation.context import DistillationContext
+from mlcm_jax.distillation.state import Frozen, with_guidance_embedding
+from mlcm_jax.distillation.step import make_train_step
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import load_pipeline, read_architecture
 from mlcm_jax.models.unet import guidance_embedding
@@ -27,7 +28,7 @@ PROMPT = "red heart"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return save_sdxl(tmp_path_factory.mktemp("told"), ONE_LEVEL_XL | {"time_cond_proj_dim": 16})
+    return save_sdxl(tmp_path_factory.mktemp("conditioning"), ONE_LEVEL_XL | {"time_cond_proj_dim": 16})
 
 
 def test_samples_are_diffusers(folder):
@@ -61,9 +62,9 @@ def test_samples_are_diffusers(folder):
 
 
 def test_default_guidance(folder, sdxl_folder):
-    told, plain = read_architecture(folder), read_architecture(sdxl_folder)
+    conditioning, plain = read_architecture(folder), read_architecture(sdxl_folder)
     student = dataclasses.replace(plain, scheduler_config={"_class_name": "TCDScheduler"})
-    assert [default_guidance_scale(p) for p in (told, plain, student)] == [8.5, 5.0, 1.0]
+    assert [default_guidance_scale(p) for p in (conditioning, plain, student)] == [8.5, 5.0, 1.0]
 
 
 def test_such_a_student_is_no_teacher(folder):
@@ -71,7 +72,7 @@ def test_such_a_student_is_no_teacher(folder):
         build_program(settings(), read_architecture(folder), jax.devices()[:1])
 
 
-def test_it_starts_as_the_teacher_and_learns_what_it_is_told(sdxl_folder):
+def test_it_starts_as_the_teacher_and_learns_what_it_is_conditioning(sdxl_folder):
     """Its state has the embedding's projection, at 0; the gradient of the first step reaches it."""
     config = settings(guidance_embedding_dim=16)
     architecture = read_architecture(sdxl_folder)
@@ -84,30 +85,31 @@ def test_it_starts_as_the_teacher_and_learns_what_it_is_told(sdxl_folder):
     student = student_unet(teacher, params, config)
     assert student.config["time_cond_proj_dim"] == 16
     z, t = jax.random.normal(jax.random.key(0), (2, 16, 16, 4)), np.full(2, 500)
-    told = random_like(program.stages[0].batch.conditioning, 0, 1.0)
-    told = jax.tree.map(lambda a: a[:2], told)
+    conditioning = random_like(program.stages[0].batch.conditioning, 0, 1.0)
+    conditioning = jax.tree.map(lambda a: a[:2], conditioning)
     embedding = guidance_embedding(np.array([3.0, 9.0]), 16)
-    expected = jax.jit(teacher.module.apply)({"params": teacher.params}, z, t, told)
+    expected = jax.jit(teacher.module.apply)({"params": teacher.params}, z, t, conditioning)
 
     def output(params):
-        return student.module.apply({"params": params}, z, t, told, embedding)
+        return student.module.apply({"params": params}, z, t, conditioning, embedding)
 
     same, gradient = jax.jit(lambda p: (output(p), jax.grad(lambda p: (output(p) ** 2).mean())(p)))(params)
     assert_close(same, np.asarray(expected))
     assert float(np.abs(gradient["time_embedding"]["cond_proj"]["kernel"]).max()) > 0
 
 
-def test_a_step_tells_the_student_its_own_scale():
+def test_a_step_gives_the_student_its_own_scale():
     """Rows with different scales get different embeddings; the teacher gets none."""
     seen = []
 
-    def told_apply(variables, z, t, conditioning, embedding):
+    def conditioned_apply(variables, z, t, conditioning, embedding):
         seen.append(embedding.shape)
         p = variables["params"]
         return toy_apply({"params": p}, z, t, conditioning) + (embedding @ p["w"])[:, None, None, None]
 
     config, optimizer = settings(guidance_embedding_dim=16), optax.sgd(1.0)
-    step = make_train_step(toy_apply, SCHEDULE, optimizer, config, LATENT_SHAPE, student_apply=told_apply)
+    context = DistillationContext(toy_apply, SCHEDULE, config, student_apply=conditioned_apply)
+    step = make_train_step(context, optimizer, LATENT_SHAPE)
     state = toy_state(toy_params(1) | {"w": np.zeros(16, np.float32)}, optimizer, 4)
     frozen = Frozen(toy_params(2), toy_conditioning(1, 4))
     batch = toy_batch(4, 3, [0] * 4, 4).replace(guidance_scale=np.linspace(2, 8, 4, dtype=np.float32))

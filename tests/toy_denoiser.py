@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from mlcm_jax.distillation.state import create
-from mlcm_jax.distillation.states import empty_pool
+from mlcm_jax.distillation.states import empty_buffer
 from mlcm_jax.rng import seed_words
 from mlcm_jax.types import Batch, TextConditioning
 
@@ -30,7 +30,7 @@ def toy_conditioning(n, seed):
 def toy_batch(n, seed, jumps, num_segments, guidance_scale=3.0, run_seed=0):
     return Batch(
         conditioning=toy_conditioning(n, seed),
-        jumps=jnp.asarray(jumps, jnp.int32),
+        trajectory_step=jnp.asarray(jumps, jnp.int32),
         num_segments=jnp.int32(num_segments),
         guidance_scale=jnp.full((n,), guidance_scale, jnp.float32),
         seed=jnp.asarray(seed_words(run_seed)),
@@ -38,4 +38,4 @@ def toy_batch(n, seed, jumps, num_segments, guidance_scale=3.0, run_seed=0):
 
 
 def toy_state(student, optimizer, n, **values):
-    return create(student, optimizer, pool=empty_pool(n, LATENT_SHAPE), **values)
+    return create(student, optimizer, trajectory_buffer=empty_buffer(n, LATENT_SHAPE), **values)

@@ -12,11 +12,11 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from mlcm_jax import rng
-from mlcm_jax.distillation.state import TrainState, create
+from mlcm_jax.distillation.state import TrainState, create, update_ema
 from mlcm_jax.training import loop
 from mlcm_jax.training.checkpoint import Checkpoints
 from mlcm_jax.training.flops import count_flops
-from mlcm_jax.training.optimizer import learning_rate_schedule, make_optimizer, update_ema
+from mlcm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from mlcm_jax.training.report import Known
 from mlcm_jax.types import Params
 

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mlcm_jax.diffusion.schedule import Schedule, alpha_sigma
-from mlcm_jax.types import Timesteps
+from mlcm_jax.types import Latents, Timesteps
 
-Latents = Float[Array, "n h w c"]
 Scale = Float[Array, "n 1 1 1"] | Float[Array, ""]
 
 

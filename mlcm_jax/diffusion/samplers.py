@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlcm_jax.diffusion.schedule import alphas_cumprod_table
-from mlcm_jax.diffusion.scheduler_config import NUM_TRAIN_TIMESTEPS, read_sampler_config
+from mlcm_jax.diffusion.scheduler_config import LAST_TIMESTEP, NUM_TRAIN_TIMESTEPS, read_sampler_config
 from mlcm_jax.errors import UserError
 from mlcm_jax.json_config import ConfigValues
 
-LAST_TIMESTEP = NUM_TRAIN_TIMESTEPS - 1
 MAX_CALLS = NUM_TRAIN_TIMESTEPS + 1  # PNDM calls the network once more than there are steps
 
 

@@ -6,6 +6,7 @@ from mlcm_jax.errors import UserError
 from mlcm_jax.json_config import COUNT, FRACTION, POSITIVE, SIZE, ConfigValues, Kind, Table, is_number, read_config
 
 NUM_TRAIN_TIMESTEPS = 1000
+LAST_TIMESTEP = NUM_TRAIN_TIMESTEPS - 1
 
 BETAS = Kind(
     f"null or a list of {NUM_TRAIN_TIMESTEPS} numbers from 0 to 1",

@@ -7,13 +7,44 @@ import optax
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
+from mlcm_jax.errors import UserError
 from mlcm_jax.models import lora
-from mlcm_jax.types import Params, Pool
+from mlcm_jax.rules import POSITIVE, Rule, check_rules, one_of
+from mlcm_jax.types import Params, TextConditioning, TrajectoryBuffer
+
+
+def check(config: ConfigDict) -> None:
+    """Raise UserError for settings of what is trained that cannot work."""
+    check_rules(
+        config,
+        {
+            "trainable": one_of("full", "lora"),
+            "lora.rank": POSITIVE,
+            "lora.alpha": POSITIVE,
+            "ema_decay": Rule(lambda v: 0 <= v < 1, "0 or more and less than 1"),
+            "guidance_embedding_dim": Rule(lambda v: v >= 0 and v % 2 == 0 and v != 2, "0 or an even number from 4 on"),
+        },
+    )
+    if config.guidance_embedding_dim and config.trainable == "lora":
+        raise UserError("config.guidance_embedding_dim needs trainable='full': a LoRA has no place for the embedding.")
+    if config.lora.start and config.trainable != "lora":
+        raise UserError("config.lora.start needs trainable='lora': all weights start from a teacher.")
 
 
 @flax.struct.dataclass
-class Rival:
-    """A network that is trained against the student: its weights, float32, and its optimizer's state."""
+class Frozen:
+    """What is never trained: the teacher's weights, the conditioning of its unconditional branch (one example), and the
+    weights of other networks by their role (distillation.frozen_networks)."""
+
+    teacher: Params
+    unconditional: TextConditioning
+    networks: dict[str, Params] = flax.struct.field(default_factory=dict)
+
+
+@flax.struct.dataclass
+class Critic:
+    """A network that is trained beside the student for one of its losses, as a fake score or a discriminator is: its
+    weights, float32, and its optimizer's state."""
 
     params: Params
     opt_state: optax.OptState
@@ -23,16 +54,16 @@ class Rival:
 class TrainState:
     """step: number of finished updates. params: the trainable tree (all weights, or LoRA factors), float32.
 
-    ema: moving average of params, or None where the run keeps none. pool: live trajectories, or None where the states
-    come from elsewhere. rivals: networks that are trained against the student, by the name of their loss.
+    ema: moving average of params, or None where the run keeps none. trajectory_buffer: live trajectories, or None
+    where states come from elsewhere. critics: by the name of their loss.
     """
 
     step: Int[Array, ""]
     params: Params
     opt_state: optax.OptState
     ema: Params | None = None
-    pool: Pool | None = None
-    rivals: dict[str, Rival] = flax.struct.field(default_factory=dict)
+    trajectory_buffer: TrajectoryBuffer | None = None
+    critics: dict[str, Critic] = flax.struct.field(default_factory=dict)
 
     @property
     def trained(self) -> Params:
@@ -41,7 +72,7 @@ class TrainState:
 
 
 def with_guidance_embedding(params: Params, dim: int) -> Params:
-    """A teacher's weights for a student that is told its guidance scale by ``dim`` numbers (0: not told).
+    """A teacher's weights for a student that is conditioned on its guidance scale by ``dim`` numbers (0: it is not).
 
     The projection of the embedding is 0, so that the student starts as the teacher.
     """
@@ -65,9 +96,14 @@ def create(
     optimizer: optax.GradientTransformation,
     *,
     with_ema: bool = False,
-    pool: Pool | None = None,
-    rivals: dict[str, Rival] | None = None,
+    trajectory_buffer: TrajectoryBuffer | None = None,
+    critics: dict[str, Critic] | None = None,
 ) -> TrainState:
     """A state at step 0; the moving average starts as a copy of the parameters."""
     ema = jax.tree.map(jnp.copy, params) if with_ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, pool, rivals or {})
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, trajectory_buffer, critics or {})
+
+
+def update_ema(ema: Params, params: Params, decay: float) -> Params:
+    """Exponential moving average; ``decay`` may be traced."""
+    return jax.tree.map(lambda e, p: e + (1.0 - decay) * (p.astype(e.dtype) - e), ema, params)

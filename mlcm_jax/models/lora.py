@@ -13,22 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from mlcm_jax.config import LORA_TARGETS
 from mlcm_jax.errors import UserError
 from mlcm_jax.types import Params
 
 Flat = dict[tuple[str, ...], Any]
-
-# Matched with re.search against the module's path, its parts joined by "/".
-UNET_TARGETS = (
-    r"/to_(q|k|v|out_0)$",
-    r"/proj_(in|out)$",
-    r"/ff/net_0/proj$",
-    r"/ff/net_2$",
-    r"/conv[12]$",
-    r"/conv_shortcut$",
-    r"/time_emb_proj$",
-    r"/(down|up)samplers_\d+/conv$",
-)
 
 
 def target_modules(params_shapes: Params, targets: Sequence[str]) -> dict[tuple[str, ...], Any]:
@@ -53,7 +42,7 @@ def init(
     rng: jax.Array,
     params_shapes: Params,
     rank: int,
-    targets: Sequence[str] = UNET_TARGETS,
+    targets: Sequence[str] = LORA_TARGETS,
     dtype: Any = jnp.float32,
 ) -> Params:
     """A LoRA that changes nothing yet: ``up`` is zero, ``down`` is uniform within 1/sqrt(fan_in), as PEFT's default.

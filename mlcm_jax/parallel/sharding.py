@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
+from mlcm_jax.config import SHARDING_RULES
 from mlcm_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -24,19 +25,6 @@ BATCH_AXES = ("data", "fsdp")
 # One dimension of a rule: no axis, one axis, or several that split it together.
 RuleAxes = Sequence[str | Sequence[str] | None]
 Rules = Sequence[tuple[str, RuleAxes]]
-
-# The first rule whose regular expression is found in the "/"-joined path names the axes of the array's LAST
-# dimensions, so that a kernel and the same kernel stacked by nn.scan share a rule, as do Dense and Conv kernels
-# ([..., in, out]). Along ``tensor`` the first product of a pair splits its outputs and the second its inputs, so that
-# what lies between stays on its device and one sum over the devices ends the pair.
-RULES: Rules = (
-    (r"(^|/)(to_out_0|out_proj|net_2|fc2|conv2|linear_2)/kernel$", ("tensor", "fsdp")),  # second of a pair
-    (r"(^|/)kernel$", ("fsdp", "tensor")),
-    (r"(^|/)embedding$", ("tensor", "fsdp")),
-    (r"(^|/)(scale|bias)$", ("fsdp",)),
-    (r"(^|/)down$", ("fsdp", None)),  # LoRA factors: never along the rank
-    (r"(^|/)up$", (None, "fsdp")),
-)
 
 # Smaller arrays are replicated whatever the rules say: at 64 kB in float32 a collective costs its latency, more than
 # a copy on every device is worth. These are the norms, most biases and small LoRA factors.
@@ -145,7 +133,7 @@ def from_equal_values(sharding: NamedSharding, value: Any) -> jax.Array:
 def param_shardings(
     shapes_tree: Any,
     mesh: Mesh | AbstractMesh,
-    rules: Rules = RULES,
+    rules: Rules = SHARDING_RULES,
     *,
     min_size: int = MIN_SHARDED_SIZE,
 ) -> Any:

@@ -1,4 +1,4 @@
-"""Whole pictures from a pipeline: initial noise, sampling and decoding, each compiled once for its sizes."""
+"""Clean latents from a pipeline's UNet: initial noise and sampling, compiled once for each size."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mlcm_jax.diffusion.denoise import noise_rng, walk
+from mlcm_jax.diffusion.denoise import denoise, noise_rng
 from mlcm_jax.diffusion.guidance import guided_predict
 from mlcm_jax.diffusion.samplers import step_table
 from mlcm_jax.hub.pipeline import Network, Pipeline
@@ -23,7 +23,8 @@ DISTILLED = ("TCDScheduler", "LCMScheduler")
 def default_guidance_scale(pipeline: Pipeline) -> float:
     """1 (none) for the schedulers of distilled models, which have their guidance within; 5 for others.
 
-    8.5 for a student that is told its guidance scale (arXiv 2310.04378), as diffusers' pipeline for such ones has it.
+    8.5 for a student that is conditioned on its guidance scale (arXiv 2310.04378), as diffusers' pipeline for it has
+    it.
     """
     if _guidance_width(pipeline.unet):
         return 8.5
@@ -31,7 +32,7 @@ def default_guidance_scale(pipeline: Pipeline) -> float:
 
 
 def _guidance_width(unet: Network) -> int | None:
-    """Width of the guidance scale's embedding, for a student that is told it; None for all other networks."""
+    """Width of the guidance scale's embedding, for a student that is conditioned on it; None for all other networks."""
     return unet.config.get("time_cond_proj_dim")
 
 
@@ -59,7 +60,7 @@ def sampling_program(
             return predict(x, timesteps, conditioning, timestep_cond)
         return guided_predict(predict, x, timesteps, conditioning, unconditional, guidance_scale)
 
-    return walk(network, prediction_type, table, latents, rng)
+    return denoise(network, prediction_type, table, latents, rng)
 
 
 def sample_latents(
@@ -77,9 +78,9 @@ def sample_latents(
 ) -> Latents:
     """Clean latents (scaled, float32) from standard normal noise; one program serves every number of steps.
 
-    guidance_scale: a value <= 1 means no unconditional call; a network with ``time_cond_proj_dim`` is told it instead.
-    variables: instead of {"params": unet.params}. rng: a key for samplers that add noise. eta: 0 to 1, how much of it
-    TCDScheduler adds. Raises UserError for a scheduler or number of steps that is not supported.
+    guidance_scale: a value <= 1 means no unconditional call; a network with ``time_cond_proj_dim`` takes it
+    instead. variables: instead of {"params": unet.params}. rng: a key for samplers that add noise. eta: 0 to 1, how
+    much of it TCDScheduler adds. Raises UserError for a scheduler or number of steps that is not supported.
     """
     table, width = step_table(scheduler_config, num_steps, eta), _guidance_width(unet)
     scale = jnp.float32(guidance_scale) if width or guidance_scale > 1 else None
@@ -89,7 +90,7 @@ def sample_latents(
 
 
 def draw_noise(seed: int, n: int, latent_shape: Sequence[int]) -> Latents:
-    """The initial noise of pictures 0..n-1; picture i has the same noise whatever n is."""
+    """The initial noise of images 0..n-1; image i has the same noise whatever n is."""
     keys = jax.vmap(partial(jax.random.fold_in, seed_key(seed)))(jnp.arange(n))
     return jax.vmap(lambda key: jax.random.normal(key, tuple(latent_shape)))(keys)
 

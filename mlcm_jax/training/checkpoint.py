@@ -1,14 +1,18 @@
 """Resuming a run: orbax checkpoints of the train state, written aside and renamed, so that a kill leaves whole ones."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from mlcm_jax.distillation.state import TrainState
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.save import is_remote
 from mlcm_jax.types import Params
+
+SAVED_NAMES = {"trajectory_buffer": "pool", "critics": "rivals"}  # of TrainState's fields: files keep their first names
 
 
 def latest_step(folder: epath.PathLike) -> int | None:
@@ -36,6 +40,22 @@ def _absolute(folder: epath.PathLike) -> epath.Path:
     return epath.Path(folder) if is_remote(folder) else epath.Path(folder).absolute()
 
 
+def _as_saved(state: Any) -> Any:
+    """A train state under the names that it has in a checkpoint; anything else as it is."""
+    if not isinstance(state, TrainState):
+        return state
+    fields = (field.name for field in dataclasses.fields(state))
+    return {SAVED_NAMES.get(name, name): getattr(state, name) for name in fields}
+
+
+def _like(like: Any, saved: Any) -> Any:
+    """What ``_as_saved`` made a dictionary of."""
+    if not isinstance(like, TrainState):
+        return saved
+    names = {SAVED_NAMES.get(field.name, field.name): field.name for field in dataclasses.fields(like)}
+    return TrainState(**{names[name]: value for name, value in saved.items()})
+
+
 class Checkpoints:
     """The checkpoints of one run, in ``folder``/<step>; saving runs in the background.
 
@@ -48,7 +68,7 @@ class Checkpoints:
 
     def save(self, state: Any, step: int) -> None:
         if step != self._manager.latest_step():
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+            self._manager.save(step, args=ocp.args.StandardSave(_as_saved(state)))
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -72,9 +92,9 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             return None
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_saved(like))
         try:
-            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            return _like(like, self._manager.restore(step, args=ocp.args.StandardRestore(abstract)))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"The checkpoint {self._manager.directory}/{step} does not fit this configuration "

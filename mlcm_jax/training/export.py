@@ -23,9 +23,9 @@ NOISE_KEYS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "resca
 
 
 def student_scheduler_config(teacher_config: dict[str, Any]) -> dict[str, Any]:
-    """The TCDScheduler whose M steps are the edges of M segments, on the teacher's noise schedule.
+    """The TCDScheduler whose M steps go from boundary to boundary of M segments, on the teacher's noise schedule.
 
-    diffusers' TCDScheduler steps over every timestep (original_inference_steps=1000) to the edges of
+    diffusers' TCDScheduler steps over every timestep (original_inference_steps=1000) to the boundaries of
     distillation/segments.py; its default of 50 would miss them. The pipeline's default eta = 0 keeps it deterministic.
     """
     values = read_noise_config(teacher_config)
@@ -48,20 +48,20 @@ def ddim_scheduler_config(teacher_config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def told_network(teacher: Network, config: ConfigDict) -> Network:
-    """The teacher's network, as the student has it: told its guidance scale where the run says so."""
+def student_network(teacher: Network, config: ConfigDict) -> Network:
+    """The teacher's network as the student has it: conditioned on its guidance scale where the run says so."""
     dim = config.guidance_embedding_dim
     if not dim:
         return teacher
     module: Any = teacher.module
-    told = {**teacher.config, "time_cond_proj_dim": dim}
-    return dataclasses.replace(teacher, module=module.with_guidance_embedding(dim), config=told)
+    conditioned = {**teacher.config, "time_cond_proj_dim": dim}
+    return dataclasses.replace(teacher, module=module.with_guidance_embedding(dim), config=conditioned)
 
 
 def student_unet(teacher: Network, trained: Params, config: ConfigDict) -> Network:
     """The student as one network: its own weights, or the teacher's with the low-rank factors folded in."""
     if config.trainable == "full":
-        return dataclasses.replace(told_network(teacher, config), params=trained)
+        return dataclasses.replace(student_network(teacher, config), params=trained)
     scaled = lora.scaled(trained, config.lora.alpha, config.lora.rank)
     return dataclasses.replace(teacher, params=lora.merge(teacher.params, scaled))
 
@@ -86,8 +86,8 @@ def export(
     """Write the student to ``folder``.
 
     pipeline: the teacher. trained: the run's parameters. dtype: of the written tensors.
-    format: "diffusers", a pipeline folder whose TCDScheduler walks the edges that the student was trained on, or with
-    that scheduler's config beside it "single_file", model.safetensors in the original names, or
+    format: "diffusers", a pipeline folder whose TCDScheduler visits the boundaries of training, or with its
+    config beside it "single_file", model.safetensors in the original names, or
     "lora" and "kohya", pytorch_lora_weights.safetensors in PEFT's or in kohya's naming.
     Raises UserError for another format, and for a LoRA of a run that trained all weights.
     """

@@ -17,7 +17,7 @@ from mlcm_jax.hub.pipeline import Pipeline
 from mlcm_jax.parallel.sharding import from_equal_values, from_local_rows
 from mlcm_jax.rng import seed_words
 from mlcm_jax.sampling.conditioning import encode_tokens, time_ids, tokenize_prompts
-from mlcm_jax.training.batch_reader import Fresh, Read, Reader
+from mlcm_jax.training.batch_reader import BatchReader, HostBatch, NewPrompts
 from mlcm_jax.training.program import Program, StageProgram
 from mlcm_jax.types import Batch, TextConditioning
 
@@ -27,17 +27,17 @@ TOKENIZED_AHEAD = 2  # batches
 Texts = tuple[Float[Array, "n tokens d"], Float[Array, "n p"]]  # token states and pooled states
 
 
-class Fed(NamedTuple):
+class StageBatch(NamedTuple):
     """A batch, and the stage whose step takes it."""
 
     stage: StageProgram
     batch: Batch
 
 
-class Feed:
+class InputPipeline:
     """The batch of any step (0 for the first), as a pure function of the step; the next ones are read ahead.
 
-    A prompt is encoded when its trajectory begins; until it ends, the row's conditioning stays on its device. A feed
+    A prompt is encoded when its trajectory begins; until it ends, the example's conditioning stays on its device. One
     that begins in the middle repeats the encoding of the trajectories that are under way, call for call, so that a
     resumed run has the same bits. Nothing here waits for a device, and close() ends the threads.
 
@@ -54,7 +54,7 @@ class Feed:
         states: TextStates | None = None,
     ):
         self._pipeline, self._num_steps = pipeline, program.config.num_steps
-        self._reader = Reader(program, prompts, latents, states)
+        self._reader = BatchReader(program, prompts, latents, states)
         self._sharding = self._reader.sharding
         self._put = partial(from_local_rows, self._sharding)
         self._one = partial(from_equal_values, NamedSharding(program.mesh, PartitionSpec()))
@@ -69,14 +69,14 @@ class Feed:
         self._coming: Any = None
         self._expected = -1
 
-    def __call__(self, step: int) -> Fed:
+    def __call__(self, step: int) -> StageBatch:
         if step != self._expected:
             self.close()
             self._coming = iter(self._batches(step))
         read = next(self._coming)
         self._expected = step + 1
         stage = self._reader.stage(step)
-        return Fed(stage, self._placed(stage, read))
+        return StageBatch(stage, self._placed(stage, read))
 
     def close(self) -> None:
         if self._coming is not None:
@@ -91,36 +91,36 @@ class Feed:
         tokenized = read.map(lambda read: reader.tokenized(read, tokenize))
         return grain.experimental.ThreadPrefetchIterDataset(tokenized, prefetch_buffer_size=TOKENIZED_AHEAD)
 
-    def _placed(self, stage: StageProgram, read: Read) -> Batch:
+    def _placed(self, stage: StageProgram, read: HostBatch) -> Batch:
         config = stage.stage.config
         held = self._nothing if self._held is None else self._held
-        for fresh in read.fresh:
-            held = _replace(held, self._put(fresh.row), self._encoded(fresh), self._sharding)
+        for new in read.new_prompts:
+            held = _replace(held, self._put(new.example), self._encoded(new), self._sharding)
         self._held = held
         put, one = self._put, self._one
         return Batch(
             conditioning=TextConditioning(held[0], held[1], self._time_ids),
-            jumps=put(read.jumps),
+            trajectory_step=put(read.trajectory_step),
             num_segments=one(np.int32(config.num_segments)),
             guidance_scale=put(read.guidance_scale),
             seed=one(seed_words(config.seed)),
             latents=None if read.latents is None else put(read.latents),
-            judge_tokens={role: put(tokens) for role, tokens in read.judge_tokens.items()},
+            prompt_tokens={role: put(tokens) for role, tokens in read.prompt_tokens.items()},
         )
 
-    def _encoded(self, fresh: Fresh) -> Texts:
-        if fresh.states is not None:
-            return self._put(fresh.states.hidden_states), self._put(fresh.states.pooled)
-        assert fresh.tokens is not None  # Reader.tokenized has been there
-        return encode_tokens(self._pipeline, [self._put(tokens) for tokens in fresh.tokens], self._sharding)
+    def _encoded(self, new: NewPrompts) -> Texts:
+        if new.states is not None:
+            return self._put(new.states.hidden_states), self._put(new.states.pooled)
+        assert new.tokens is not None  # BatchReader.tokenized has been there
+        return encode_tokens(self._pipeline, [self._put(tokens) for tokens in new.tokens], self._sharding)
 
 
 @partial(jax.jit, static_argnames="sharding")
-def _replace(held: Texts, row: Int[Array, " m"], new: Texts, sharding: NamedSharding) -> Texts:
-    """On each device its rows ``row`` replaced by its part of ``new``; what is for a row beyond them is left out."""
+def _replace(held: Texts, example: Int[Array, " m"], new: Texts, sharding: NamedSharding) -> Texts:
+    """On each device its examples ``example`` replaced by its part of ``new``; what is beyond them is left out."""
 
-    def on_each(held, row, new):
-        return jax.tree.map(lambda old, values: old.at[row].set(values, mode="drop"), held, new)
+    def on_each(held, example, new):
+        return jax.tree.map(lambda old, values: old.at[example].set(values, mode="drop"), held, new)
 
     spec = sharding.spec
-    return jax.shard_map(on_each, mesh=sharding.mesh, in_specs=(spec, spec, spec), out_specs=spec)(held, row, new)
+    return jax.shard_map(on_each, mesh=sharding.mesh, in_specs=(spec, spec, spec), out_specs=spec)(held, example, new)

@@ -15,6 +15,7 @@ from mlcm_jax.distillation.state import TrainState
 from mlcm_jax.errors import UserError
 from mlcm_jax.images import write_image
 from mlcm_jax.parallel.distributed import is_first
+from mlcm_jax.rules import POSITIVE, check_rules
 from mlcm_jax.training.checkpoint import Checkpoints
 from mlcm_jax.training.metrics import MetricWriter, progress_bar
 from mlcm_jax.training.profiling import Profile
@@ -25,6 +26,12 @@ StepFn = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 BatchFn = Callable[[int], Any]
 SampleFn = Callable[[TrainState], np.ndarray]
 StopFn = Callable[[int, Mapping[str, float]], int | None]
+
+
+def check(config: ConfigDict) -> None:
+    """Raise UserError for settings of the loop that cannot work."""
+    keys = ("num_steps", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every")
+    check_rules(config, dict.fromkeys(keys, POSITIVE))
 
 
 def run(
@@ -43,7 +50,7 @@ def run(
     """Train from ``state`` to ``config.num_steps``.
 
     step_fn: compiled (state, batch) -> (state, metrics with "loss"). batch_fn: the batch of a step, as a pure function
-    of the step, so that a resumed run sees what the killed one would have. sample_fn: a picture, uint8 [H, W, 3],
+    of the step, so that a resumed run sees what the killed one would have. sample_fn: an image, uint8 [H, W, 3],
     written to workdir/samples every ``sample_every`` steps. known: of each step before it runs. stop_fn: called with
     each logged step and its metrics; where it returns a step, training ends with the newest checkpoint of at most this
     one, and later ones are removed. profile: steps to trace. The next batch is asked for while a step runs.

@@ -1,6 +1,7 @@
-"""The optimizer, AdamW or Adafactor, with gradient clipping and warm-up; the moving average of the parameters."""
+"""The optimizer, AdamW or Adafactor, with gradient clipping and warm-up."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ import optax
 from ml_collections import ConfigDict
 
 from mlcm_jax.errors import UserError
+from mlcm_jax.rules import NOT_NEGATIVE, POSITIVE, check_rules, one_of
+from mlcm_jax.training.stages import Stage
 from mlcm_jax.types import Params
 
 SCHEDULES = {
@@ -36,6 +39,23 @@ def learning_rate_schedule(
 
     lengths = [end - start for start, end in zip(starts, [*starts[1:], num_steps], strict=True)]
     return optax.join_schedules([piece(*each) for each in zip(peaks.values(), lengths, strict=True)], starts[1:])
+
+
+def stage_optimizer(stages: Sequence[Stage]) -> optax.GradientTransformation:
+    """The optimizer of a run: a stage with another learning rate than the one before begins a schedule of its own."""
+    config = stages[0].config
+    return make_optimizer(config.optim, config.num_steps, _restarts(stages))
+
+
+def stage_learning_rate(stages: Sequence[Stage]) -> optax.Schedule:
+    """The learning rate of ``stage_optimizer`` at each step (0 for the first)."""
+    config = stages[0].config
+    return learning_rate_schedule(config.optim, config.num_steps, _restarts(stages))
+
+
+def _restarts(stages: Sequence[Stage]) -> dict[int, float]:
+    rates = [(stage.start, stage.config.optim.learning_rate) for stage in stages]
+    return {start: rate for (_, before), (start, rate) in itertools.pairwise(rates) if rate != before}
 
 
 def make_optimizer(
@@ -80,6 +100,16 @@ def _matrices(params: Params) -> Params:
 OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor}
 
 
-def update_ema(ema: Params, params: Params, decay: float) -> Params:
-    """Exponential moving average; ``decay`` may be traced."""
-    return jax.tree.map(lambda e, p: e + (1.0 - decay) * (p.astype(e.dtype) - e), ema, params)
+def check(config: ConfigDict) -> None:
+    """Raise UserError for settings of the optimizer that cannot work."""
+    check_rules(
+        config,
+        {
+            "optim.name": one_of(*OPTIMIZERS),
+            "optim.moment_dtype": one_of("float32", "bfloat16"),
+            "optim.learning_rate": POSITIVE,
+            "optim.warmup_steps": NOT_NEGATIVE,
+            "optim.schedule": one_of(*SCHEDULES),
+            "optim.clip_norm": POSITIVE,
+        },
+    )

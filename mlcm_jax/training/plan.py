@@ -73,7 +73,7 @@ def make_plan(stages: Sequence[Any], mesh: Mesh, *, image_size: int, state, froz
         teacher=str(config.teacher),
         trainable=config.trainable,
         trained_parameters=_size(state.params),
-        frozen_parameters=_size(frozen.teacher) + _size(frozen.auxiliary),
+        frozen_parameters=_size(frozen.teacher) + _size(frozen.networks),
         mesh=dict(mesh.shape),
         devices=f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
         sharded_fraction=sharded_fraction(frozen.teacher),

@@ -1,36 +1,55 @@
 """The step of a run and its abstract arguments, built from config.json files alone: what is planned, compiled, run."""
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from mlcm_jax import rng
 from mlcm_jax.diffusion.schedule import Schedule
-from mlcm_jax.distillation.frozen_networks import Auxiliary, read_auxiliary
-from mlcm_jax.distillation.losses.base import Apply, Setting, Shapes, create_rivals
-from mlcm_jax.distillation.segments import jumps_to_first_segment
-from mlcm_jax.distillation.state import TrainState, create, with_guidance_embedding
-from mlcm_jax.distillation.states import empty_pool
-from mlcm_jax.distillation.step import Frozen, StepFn, make_train_step
+from mlcm_jax.distillation.context import DistillationContext
+from mlcm_jax.distillation.frozen_networks import FrozenNetworks
+from mlcm_jax.distillation.losses import CriticShapes, read_frozen_networks
+from mlcm_jax.distillation.state import Frozen, TrainState
+from mlcm_jax.distillation.step import TrainStep, make_train_step
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import Pipeline, conditioning_shapes
-from mlcm_jax.models import lora
-from mlcm_jax.models.attention_backend import XLA, AttentionBackend
+from mlcm_jax.models.attention_backend import BACKENDS, XLA, AttentionBackend
+from mlcm_jax.models.remat import REMAT_POLICIES
 from mlcm_jax.models.unet import UNet2DConditionModel
 from mlcm_jax.parallel import sharding
+from mlcm_jax.rng import MAX_SEED
+from mlcm_jax.rules import NOT_NEGATIVE, POSITIVE, between, check_rules, one_of
+from mlcm_jax.training.batch_plan import source_of
 from mlcm_jax.training.flops import count_flops
-from mlcm_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from mlcm_jax.training.initial_state import InitialState, batch_shapes
+from mlcm_jax.training.optimizer import stage_optimizer
 from mlcm_jax.training.plan import Plan, make_plan
 from mlcm_jax.training.stages import Stage, read_stages
-from mlcm_jax.types import Batch, Params, TextConditioning
+from mlcm_jax.types import Batch, Params
+
+
+def check(config: ConfigDict) -> None:
+    """Raise UserError for settings of the compiled step that cannot work."""
+    dtype = one_of("float32", "bfloat16")
+    check_rules(
+        config,
+        {
+            "image_size": NOT_NEGATIVE,
+            "guidance_scale_max": NOT_NEGATIVE,
+            "seed": between(0, MAX_SEED),
+            "batch_size": POSITIVE,
+            "microbatches": POSITIVE,
+            "remat_policy": one_of(*REMAT_POLICIES),
+            "compute_dtype": dtype,
+            "frozen_dtype": dtype,
+            "attention": one_of(*BACKENDS),
+            "unroll": POSITIVE,
+        },
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +80,7 @@ class Program:
     mesh: Mesh
     plan: Plan
     config: ConfigDict
-    auxiliary: Auxiliary
+    networks: FrozenNetworks
     create_state: Callable[[Params | None], TrainState]
 
     def init_state(self, start: Params | None) -> TrainState:
@@ -78,61 +97,49 @@ def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> P
     Raises UserError for a mesh or an image size that does not fit.
     """
     mesh = sharding.make_mesh(config.mesh, devices)
-    unet = architecture.unet
-    if unet.config.get("time_cond_proj_dim"):
-        raise UserError(
-            "The teacher's UNet has time_cond_proj_dim: it is a student that is told its guidance scale, and such "
-            "ones cannot be distilled further; name the model that it was made from."
-        )
+    _check_teacher(architecture)
+    _check_batch(config, mesh)
     schedule = Schedule.from_config(architecture.scheduler_config)
     image_size, latent_shape = _sizes(config, architecture)
-    _check_batch(config, mesh)
     stages = read_stages(config)
-    batch_sharding, replicated = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    networks = read_frozen_networks([stage.config for stage in stages], architecture)
+    split, replicated = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
 
-    teacher = _cast(unet.params, config.frozen_dtype)
-    teacher = _place(teacher, sharding.param_shardings(teacher, mesh, config.sharding_rules))
-    auxiliary = read_auxiliary([stage.config for stage in stages], architecture)
-    others = auxiliary.shapes(config.frozen_dtype)
-    others = _place(others, sharding.param_shardings(others, mesh, config.sharding_rules))
-    frozen = Frozen(teacher, _place_all(conditioning_shapes(architecture, 1), replicated), others)
-    conditioning = _place_all(conditioning_shapes(architecture, config.batch_size), batch_sharding)
-    latents = jax.ShapeDtypeStruct((config.batch_size, *latent_shape), jnp.float32, sharding=batch_sharding)
+    frozen = _frozen_shapes(config, architecture, networks, mesh)
+    conditioning = _place_all(conditioning_shapes(architecture, config.batch_size), split)
+    latents = jax.ShapeDtypeStruct((config.batch_size, *latent_shape), jnp.float32, sharding=split)
+    shapes = CriticShapes(frozen.teacher, conditioning, latents)
+    create_state = InitialState(stages, _student(config, architecture, mesh).apply, schedule, shapes)
+    state = _state_shapes(config, create_state, architecture, mesh)
+    placed = (jax.tree.map(lambda a: a.sharding, state), replicated)
 
-    attention, remat = attention_backend(config, mesh), config.remat and config.remat_policy
-    dtype = jnp.dtype(config.compute_dtype)
-    module = UNet2DConditionModel.from_config(unet.config, dtype, remat, attention, config.unroll)
-    create_state = partial(_create, stages, module.apply, schedule, Shapes(teacher, conditioning, latents))
-    state = jax.eval_shape(create_state, None if config.trainable == "lora" else _cast(unet.params, jnp.float32))
-    pool = _place_all(state.pool, batch_sharding)
-    state = _place(state, sharding.param_shardings(state, mesh, config.sharding_rules)).replace(pool=pool)
-    state_shardings = jax.tree.map(lambda a: a.sharding, state)
-
-    def make_step(module: UNet2DConditionModel, stage_config: ConfigDict) -> StepFn:
-        step = make_train_step(
-            module.apply,
-            schedule,
-            stage_optimizer(stages),
-            stage_config,
-            latent_shape,
-            auxiliary=auxiliary,
-            student_apply=module.with_guidance_embedding(config.guidance_embedding_dim).apply,
-        )
+    def make_step(stage: Stage, *, counted: bool = False) -> TrainStep:
+        module = _student(config, architecture, mesh, counted=counted)
+        student_apply = module.with_guidance_embedding(config.guidance_embedding_dim).apply
+        context = DistillationContext(module.apply, schedule, stage.config, networks, student_apply)
+        step = make_train_step(context, stage_optimizer(stages), latent_shape)
         return sharding.traced_on(mesh, step)
 
-    # A kernel's products are not seen in the jaxpr, and those that only save memory are no work for an example.
-    counted = UNet2DConditionModel.from_config(unet.config, dtype, attention=XLA)
     compiled, programs = {}, []
     for stage in stages:
-        batch = _batch_shapes(stage.config, conditioning, latents, replicated, auxiliary)
-        jitted = jax.jit(make_step(module, stage.config), donate_argnums=0, out_shardings=(state_shardings, replicated))
-        trips = average_trips(stage.config)
-        flops = count_flops(make_step(counted, stage.config), state, frozen, batch, while_trips=trips)
-        step = compiled.setdefault(stage.program_key(), jitted)
-        programs.append(StageProgram(stage, step, batch, flops))
-    plan = make_plan(programs, mesh, image_size=image_size, state=state, frozen=frozen)
-    numbers = (latent_shape, image_size, schedule, mesh, plan, config)
-    return Program(tuple(programs), state, frozen, *numbers, auxiliary, create_state)
+        batch = batch_shapes(stage, architecture, conditioning, latents, replicated, networks)
+        jitted = jax.jit(make_step(stage), donate_argnums=0, out_shardings=placed)
+        trips = source_of(stage).average_loop_trips(stage.config)
+        flops = count_flops(make_step(stage, counted=True), state, frozen, batch, while_trips=trips)
+        programs.append(StageProgram(stage, compiled.setdefault(stage.program_key(), jitted), batch, flops))
+    return Program(
+        stages=tuple(programs),
+        state=state,
+        frozen=frozen,
+        latent_shape=latent_shape,
+        image_size=image_size,
+        schedule=schedule,
+        mesh=mesh,
+        plan=make_plan(programs, mesh, image_size=image_size, state=state, frozen=frozen),
+        config=config,
+        networks=networks,
+        create_state=create_state,
+    )
 
 
 def attention_backend(config: ConfigDict, mesh: Mesh) -> AttentionBackend:
@@ -140,69 +147,40 @@ def attention_backend(config: ConfigDict, mesh: Mesh) -> AttentionBackend:
     return AttentionBackend(config.attention, mesh.devices.flat[0].platform, mesh)
 
 
-def average_trips(config: ConfigDict) -> float:
-    """Turns that the loop of a trajectory with a traced length takes on average, over all segments ("mds" has one)."""
-    first = jumps_to_first_segment(config.timesteps)
-    return first + (config.num_segments - 1) / 2 + config.solver_steps
+def _student(config: ConfigDict, architecture: Pipeline, mesh: Mesh, *, counted: bool = False) -> UNet2DConditionModel:
+    """The UNet as it is trained. counted: for counting FLOPs: a kernel's products are not seen in the jaxpr, and those
+    that only save memory are no work for an example."""
+    dtype = jnp.dtype(config.compute_dtype)
+    if counted:
+        return UNet2DConditionModel.from_config(architecture.unet.config, dtype, attention=XLA)
+    remat = config.remat and config.remat_policy
+    attention = attention_backend(config, mesh)
+    return UNet2DConditionModel.from_config(architecture.unet.config, dtype, remat, attention, config.unroll)
 
 
-def stage_optimizer(stages: Sequence[Stage]) -> optax.GradientTransformation:
-    """The optimizer of a run: a stage with another learning rate than the one before begins a schedule of its own."""
-    config = stages[0].config
-    return make_optimizer(config.optim, config.num_steps, _restarts(stages))
+def _frozen_shapes(config: ConfigDict, architecture: Pipeline, networks: FrozenNetworks, mesh: Mesh) -> Frozen:
+    def placed(tree: Any) -> Any:
+        return _place(tree, sharding.param_shardings(tree, mesh, config.sharding_rules))
+
+    unconditional = _place_all(conditioning_shapes(architecture, 1), NamedSharding(mesh, PartitionSpec()))
+    teacher = placed(_cast(architecture.unet.params, config.frozen_dtype))
+    return Frozen(teacher, unconditional, placed(networks.shapes(config.frozen_dtype)))
 
 
-def stage_learning_rate(stages: Sequence[Stage]) -> optax.Schedule:
-    """The learning rate of ``stage_optimizer`` at each step (0 for the first)."""
-    config = stages[0].config
-    return learning_rate_schedule(config.optim, config.num_steps, _restarts(stages))
+def _state_shapes(config: ConfigDict, create_state: InitialState, architecture: Pipeline, mesh: Mesh) -> TrainState:
+    start = None if config.trainable == "lora" else _cast(architecture.unet.params, jnp.float32)
+    state = jax.eval_shape(create_state, start)
+    buffer = _place_all(state.trajectory_buffer, sharding.batch_sharding(mesh))
+    state = _place(state, sharding.param_shardings(state, mesh, config.sharding_rules))
+    return state.replace(trajectory_buffer=buffer)
 
 
-def _restarts(stages: Sequence[Stage]) -> dict[int, float]:
-    rates = [(stage.start, stage.config.optim.learning_rate) for stage in stages]
-    return {start: rate for (_, before), (start, rate) in itertools.pairwise(rates) if rate != before}
-
-
-def _create(
-    stages: Sequence[Stage], apply: Apply, schedule: Schedule, shapes: Shapes, start: Params | None
-) -> TrainState:
-    """The state at step 0, with all that any of the stages needs. start: as ``Program.init_state`` takes it."""
-    config = stages[0].config
-    if config.trainable == "lora":
-        key = rng.stream(config.seed, "init", 0)
-        as_teacher = lora.init(key, shapes.teacher, config.lora.rank, config.lora.targets)
-        params = as_teacher if start is None else start
-    else:
-        params = as_teacher = with_guidance_embedding(cast(Params, start), config.guidance_embedding_dim)
-    n, height, width, channels = shapes.latents.shape
-    pool, rivals = None, {}
-    for stage in stages:
-        if stage.config.states == "streaming":
-            pool = empty_pool(n, (height, width, channels))
-        key = rng.stream(config.seed, "rivals", 0)
-        rivals |= create_rivals(Setting(apply, schedule, stage.config), key, as_teacher, shapes)
-    return create(params, stage_optimizer(stages), with_ema=config.ema_decay > 0, pool=pool, rivals=rivals)
-
-
-def _batch_shapes(
-    config: ConfigDict, conditioning: TextConditioning, latents, replicated: NamedSharding, auxiliary: Auxiliary
-) -> Batch:
-    def row(dtype, *shape) -> Any:
-        return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=latents.sharding)
-
-    one: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
-    seed: Any = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=replicated)
-    return Batch(
-        conditioning=conditioning,
-        jumps=row(jnp.int32),
-        num_segments=one,
-        guidance_scale=row(jnp.float32),
-        seed=seed,
-        latents=latents if config.states == "data" else None,
-        judge_tokens={role: row(jnp.int32, tokens.shape[1]) for role, tokens in auxiliary.tokenize([""]).items()}
-        if config.preference.weight > 0
-        else {},
-    )
+def _check_teacher(architecture: Pipeline) -> None:
+    if architecture.unet.config.get("time_cond_proj_dim"):
+        raise UserError(
+            "The teacher's UNet has time_cond_proj_dim: it is a student that is conditioned on its guidance scale, and "
+            "such ones cannot be distilled further; name the model that it was made from."
+        )
 
 
 def _sizes(config: ConfigDict, architecture: Pipeline) -> tuple[int, tuple[int, int, int]]:

@@ -8,10 +8,10 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mlcm_jax.config import base
+from mlcm_jax.config import base, current_name, current_value
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.tensor_reader import read_json
-from mlcm_jax.training.program import stage_learning_rate
+from mlcm_jax.training.optimizer import stage_learning_rate
 from mlcm_jax.training.stages import read_stages
 
 CONFIG_FILE = "config.json"
@@ -38,7 +38,14 @@ def read_settings(workdir: epath.Path) -> ConfigDict | None:
     """
     if not (workdir / CONFIG_FILE).is_file():
         return None
-    return ConfigDict(_merged(base().to_dict(), read_json(workdir / CONFIG_FILE)))
+    settings = base()
+    with settings.unlocked(), settings.ignore_type():
+        _update(settings, read_json(workdir / CONFIG_FILE))
+        settings.stages = tuple(
+            {current_name(key): current_value(key, value) for key, value in change.items()}
+            for change in settings.stages
+        )
+    return settings
 
 
 def check_resume(config: ConfigDict, workdir: epath.Path, *, new_learning_rate: bool = False) -> None:
@@ -86,13 +93,13 @@ def changed_schedule(config: ConfigDict, workdir: epath.Path, step: int) -> str:
     return ""
 
 
-def _merged(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` with the defaults that they lack, at any depth."""
-    merged = dict(defaults) | dict(values)
+def _update(settings: ConfigDict, values: Mapping[str, Any]) -> None:
+    """Put ``values`` in the place of defaults, at any depth; former names become the present ones."""
     for key, value in values.items():
-        if isinstance(value, Mapping) and isinstance(defaults.get(key), Mapping):
-            merged[key] = _merged(defaults[key], value)
-    return merged
+        if isinstance(value, Mapping) and key in settings:
+            _update(settings[key], value)
+        else:
+            settings[key] = value
 
 
 def _flat(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

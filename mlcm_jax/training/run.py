@@ -1,4 +1,4 @@
-"""One distillation run from its configuration: plan, weights, loop, pictures, figures, export."""
+"""One distillation run from its configuration: plan, weights, loop, images, figures, export."""
 
 import json
 from contextlib import closing
@@ -11,10 +11,9 @@ from etils import epath
 from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
-from mlcm_jax.config import validate
 from mlcm_jax.data.latents import LatentFile
 from mlcm_jax.data.prompts import open_prompts, read_prompts
-from mlcm_jax.distillation.step import Frozen
+from mlcm_jax.distillation.state import Frozen
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.fetch import resolve_lora
 from mlcm_jax.hub.lora_reader import load_lora
@@ -26,16 +25,18 @@ from mlcm_jax.parallel.distributed import is_first, meet, say
 from mlcm_jax.plots import plot_loss
 from mlcm_jax.training import loop
 from mlcm_jax.training.checkpoint import Checkpoints, latest_step, read_trained
+from mlcm_jax.training.checks import validate
 from mlcm_jax.training.compile_steps import Executables, compile_steps
 from mlcm_jax.training.export import export, exported_parts
-from mlcm_jax.training.input_pipeline import Feed
+from mlcm_jax.training.input_pipeline import InputPipeline
 from mlcm_jax.training.metrics import read_metrics
+from mlcm_jax.training.optimizer import stage_learning_rate
 from mlcm_jax.training.profiling import Profile, parse_steps
-from mlcm_jax.training.program import Program, attention_backend, build_program, stage_learning_rate
+from mlcm_jax.training.program import Program, attention_backend, build_program
 from mlcm_jax.training.report import Known
 from mlcm_jax.training.resume import CONFIG_FILE, changed_schedule, check_resume, read_settings
 from mlcm_jax.training.reward_monitor import stop_rule
-from mlcm_jax.training.sample_grids import Viewer
+from mlcm_jax.training.sample_grids import SampleGrids
 from mlcm_jax.training.stages import read_stages, stage_at
 from mlcm_jax.training.text_conditioning import Texts, open_states, read_texts
 from mlcm_jax.training.wandb_run import check_wandb
@@ -87,11 +88,11 @@ def distill(
     executables = compile_steps(program, start)  # what cannot be read has been refused by now
     meet("loaded")
     texts = read_texts(program, pipeline, sample_prompts, states)
-    with closing(Feed(program, pipeline, prompts, latents, states)) as feed:
-        trained = train(program, executables, starting, pipeline, feed, texts, workdir, profile)
-    del pipeline, feed
+    with closing(InputPipeline(program, pipeline, prompts, latents, states)) as batches:
+        trained = train(program, executables, starting, pipeline, batches, texts, workdir, profile)
+    del pipeline, batches
     export(load_teacher(program, None), trained, config, workdir / "export", format="diffusers")
-    say(f"The student is in {workdir / 'export'}, its pictures are in {workdir / 'samples'}.")
+    say(f"The student is in {workdir / 'export'}, its images are in {workdir / 'samples'}.")
 
 
 def describe_teacher(config: ConfigDict, *, weights_needed: bool) -> Pipeline:
@@ -136,7 +137,7 @@ def train(
     executables: Executables,
     starting: Params | None,
     pipeline: Pipeline,
-    feed: Feed,
+    batches: InputPipeline,
     texts: Texts,
     workdir: epath.Path,
     profile: Profile | None = None,
@@ -152,28 +153,28 @@ def train(
     frozen = Frozen(
         pipeline.unet.params,
         texts.unconditional,
-        program.auxiliary.placed(program.frozen.auxiliary, pipeline.vae),
+        program.networks.placed(program.frozen.networks, pipeline.vae),
     )
-    viewer = Viewer(program, pipeline, texts)
+    grids = SampleGrids(program, pipeline, texts)
 
-    # An error, in a picture say, must not cut short a checkpoint that is still being written.
+    # An error, in an image say, must not cut short a checkpoint that is still being written.
     with closing(Checkpoints(workdir / CHECKPOINTS, keep=config.keep_checkpoints)) as checkpoints:
         state = checkpoints.restore(program.state)
         if state is None:
             state = program.init_state(starting)
         state = loop.run(
             state,
-            lambda state, fed: executables[fed.stage.step](state, frozen, fed.batch),
-            feed,
+            lambda state, given: executables[given.stage.step](state, frozen, given.batch),
+            batches,
             config,
             workdir,
             checkpoints,
             known=_known(program),
-            sample_fn=viewer.progress,
+            sample_fn=grids.progress,
             stop_fn=stop_rule(config, workdir / "metrics.jsonl"),
             profile=profile,
         )
-    viewer.finish(state, workdir)
+    grids.finish(state, workdir)
     if is_first():
         plot_loss(read_metrics(workdir / "metrics.jsonl"), workdir / "samples" / "loss.png")
     return state.trained

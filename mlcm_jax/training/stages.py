@@ -10,6 +10,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mlcm_jax.config import current_name, current_value
+from mlcm_jax.distillation.losses import LOSSES
+from mlcm_jax.distillation.states import STATE_SOURCES
 from mlcm_jax.errors import UserError
 
 # What may change within a run; the rest says what is trained, on what, and where.
@@ -20,18 +23,14 @@ CHANGEABLE = (
     "skip",
     "solver_steps",
     "trajectory_solver",
-    "student_steps",
     "guidance_scale",
     "guidance_scale_max",
     "target",
     "target_network",
     "distance",
-    "consistency_weight",
-    "terms_min_timestep",
-    "distribution_matching.weight",
-    "adversarial.weight",
-    "preference.weight",
-    "preference.target",
+    "losses_min_timestep",
+    *(key for source in STATE_SOURCES.values() for key in source.stage_settings),
+    *(f"{name}.{key}" for name, loss in LOSSES.items() for key in loss.stage_settings),
     "optim.learning_rate",
 )
 # What a compiled step takes as an argument: stages that differ only in these share one program.
@@ -91,10 +90,11 @@ def _start(change: Mapping[str, Any], number: int, before: int) -> int:
 
 
 def _change(config: ConfigDict, key: str, value: Any, number: int) -> None:
+    key = current_name(key)
     if key not in CHANGEABLE:
         raise UserError(f"config.stages: stage {number} changes {key!r}; only these can: {', '.join(CHANGEABLE)}.")
     try:
-        _assign(config, key, value)
+        _assign(config, key, current_value(key, value))
     except TypeError:
         raise UserError(f"config.stages: stage {number} sets {key} to {value!r}, which is of another type.") from None
 

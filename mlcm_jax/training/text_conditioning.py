@@ -1,4 +1,4 @@
-"""What a run's networks are told beside the prompts of its batches: nothing, and the sample prompts."""
+"""The conditioning of a run beside that of its batches: of the unconditional branch, and of the sample prompts."""
 
 from typing import NamedTuple
 

@@ -13,8 +13,8 @@ from tiny_models import save_sdxl
 
 from configs.emoji import get_config as emoji_config
 from configs.emoji_ablation import ROWS, get_config, row_config
-from mlcm_jax.config import validate
 from mlcm_jax.errors import UserError
+from mlcm_jax.training.checks import validate
 from mlcm_jax.training.stages import read_stages
 
 ROOT = Path(__file__).parents[2]

@@ -43,7 +43,7 @@ def test_convergence_order_on_gaussian_data(order, largest_error):
 
 
 @pytest.mark.parametrize("jit", [False, True])
-def test_a_jump_to_the_same_timestep_is_the_identity(jit):
+def test_a_step_to_the_same_timestep_is_the_identity(jit):
     step = jax.jit(ddim_step) if jit else ddim_step
     t = jnp.array([999, 500, 1, 0])
     np.testing.assert_array_equal(step(SCHEDULE, Z, 100 * jnp.ones_like(Z), t, t), Z)

@@ -1,4 +1,4 @@
-"""The losses beside the consistency loss: their gradients, their rivals, and a whole step with all of them."""
+"""The losses beside the consistency loss: their gradients, their critics, and a whole step with all of them."""
 
 import dataclasses
 from pathlib import Path
@@ -12,24 +12,25 @@ from analytic import GaussianTeacher
 from small_runs import SCHEDULE, random_like, settings
 from toy_denoiser import LATENT_SHAPE, toy_apply, toy_batch, toy_conditioning, toy_params
 
-from mlcm_jax.config import validate
 from mlcm_jax.diffusion.parameterization import add_noise
-from mlcm_jax.distillation.frozen_networks import read_auxiliary
+from mlcm_jax.distillation.context import DistillationContext
+from mlcm_jax.distillation.losses import Examples, LossInputs, read_frozen_networks
 from mlcm_jax.distillation.losses.adversarial import discriminator_loss, generator_loss
-from mlcm_jax.distillation.losses.base import Inputs, Preference, Told, rival_optimizer
+from mlcm_jax.distillation.losses.base import critic_optimizer
 from mlcm_jax.distillation.losses.distribution_matching import fake_score_loss, matching_loss
-from mlcm_jax.distillation.losses.preference import FORMS
-from mlcm_jax.distillation.state import Rival, create
-from mlcm_jax.distillation.step import Frozen, make_train_step
+from mlcm_jax.distillation.losses.preference import DECODER, FORMS, Preference
+from mlcm_jax.distillation.state import Critic, Frozen, create
+from mlcm_jax.distillation.step import make_train_step
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import Network, load_network, network_shapes, read_architecture
 from mlcm_jax.models.unet import UNet2DConditionModel
 from mlcm_jax.rng import seed_words
-from mlcm_jax.training.batch_plan import rows_at
+from mlcm_jax.training.batch_plan import batch_plan
+from mlcm_jax.training.checks import validate
 from mlcm_jax.training.program import build_program
 
 EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
-GUARD, SCORER, TEACHER = EMOJI / "guard", EMOJI / "scorer", EMOJI / "teacher"
+HELD_OUT, REWARD_MODEL, TEACHER = EMOJI / "guard", EMOJI / "scorer", EMOJI / "teacher"
 
 
 def noised(key, x0, n=4096):
@@ -103,44 +104,45 @@ def convolutional(architecture):
     return dataclasses.replace(architecture, unet=Network(module, network_shapes(module, config), config))
 
 
-def all_terms(trainable):
+def all_losses(trainable):
     config = settings(num_segments=2, states="student", student_steps=2, target="x0", trainable=trainable, batch_size=4)
     config.lora.update({"rank": 4, "alpha": 8.0, "targets": (r"/conv[12]$",)})
     config.distribution_matching.update({"weight": 0.5, "updates": 2, "learning_rate": 1e-3})
     config.adversarial.update({"weight": 0.1, "width": 8})
-    config.preference.update({"weight": 0.2, "scorer": f"clip={SCORER}", "guard": f"pick_score={SCORER}"})
+    config.preference.update({"weight": 0.2, "reward_model": f"clip={REWARD_MODEL}"})
+    config.preference.held_out_reward_model = f"pick_score={REWARD_MODEL}"
     config.preference.update({"form": "margin", "target": 1.0, "negative_prompt": "grey"})
     config.optim.clip_norm = 1e6
     return config
 
 
 def test_a_full_students_fake_score_is_a_whole_denoiser(convolutional):
-    state = build_program(all_terms("full"), convolutional, jax.devices()[:1]).state
-    fake = state.rivals["distribution_matching"].params
+    state = build_program(all_losses("full"), convolutional, jax.devices()[:1]).state
+    fake = state.critics["distribution_matching"].params
     assert jax.tree.map(jnp.shape, fake) == jax.tree.map(jnp.shape, state.params)
-    assert set(state.rivals) == {"distribution_matching", "adversarial"}, "a judge is no rival"
+    assert set(state.critics) == {"distribution_matching", "adversarial"}, "a reward model is no critic"
 
 
 @pytest.mark.usefixtures("quick_compiles")
-def test_a_step_with_all_terms_trains_student_and_rivals(convolutional):
-    program = build_program(all_terms("lora"), convolutional, jax.devices()[:1])
+def test_a_step_with_all_losses_trains_student_and_critics(convolutional):
+    program = build_program(all_losses("lora"), convolutional, jax.devices()[:1])
     (stage,) = program.stages
-    decoder = random_like(program.frozen.auxiliary["decoder"], 3, 0.1)
+    decoder = random_like(program.frozen.networks["decoder"], 3, 0.1)
     vae = dataclasses.replace(convolutional.vae, params={"encoder": {}, **decoder})
     frozen = Frozen(
         random_like(program.frozen.teacher, 0, 0.1),
         random_like(program.frozen.unconditional, 1, 1.0),
-        program.auxiliary.placed(program.frozen.auxiliary, vae),
+        program.networks.placed(program.frozen.networks, vae),
     )
     state = program.init_state(None)
     prompts = ["red heart", "blue circle", "green leaf", "sun"]
     batch = stage.batch.replace(
-        judge_tokens=jax.tree.map(jnp.asarray, program.auxiliary.tokenize(prompts)),
+        prompt_tokens=jax.tree.map(jnp.asarray, program.networks.tokenize(prompts)),
         conditioning=random_like(stage.batch.conditioning, 2, 1.0),
         num_segments=jnp.int32(2),
         guidance_scale=jnp.full(4, 3.0),
         seed=jnp.asarray(seed_words(0)),
-        jumps=jnp.asarray(rows_at((stage.stage,), 0).jumps, jnp.int32),
+        trajectory_step=jnp.asarray(batch_plan((stage.stage,), 0).trajectory_step, jnp.int32),
     )
     before = jax.device_get(state)
     state, metrics = stage.step(state, frozen, batch)
@@ -148,48 +150,50 @@ def test_a_step_with_all_terms_trains_student_and_rivals(convolutional):
     for name in weights:
         assert np.isfinite(metrics[name]), name
     np.testing.assert_allclose(metrics["loss"], sum(w * metrics[name] for name, w in weights.items()), rtol=1e-5)
-    scale = np.exp(float(frozen.auxiliary["scorer"]["clip"]["logit_scale"]))
-    np.testing.assert_allclose(metrics["preference_guard"], scale * metrics["preference_score"], rtol=1e-3)
-    assert set(state.rivals) == {"distribution_matching", "adversarial"}
-    fake = state.rivals["distribution_matching"].params
+    scale = np.exp(float(frozen.networks["reward_model"]["clip"]["logit_scale"]))
+    np.testing.assert_allclose(metrics["preference_held_out"], scale * metrics["preference_score"], rtol=1e-3)
+    assert set(state.critics) == {"distribution_matching", "adversarial"}
+    fake = state.critics["distribution_matching"].params
     assert jax.tree.structure(fake) == jax.tree.structure(state.params), "the fake score is trained as the student is"
     for was, now in (
         (before.params, state.params),
-        *((before.rivals[n].params, r.params) for n, r in state.rivals.items()),
+        *((before.critics[n].params, r.params) for n, r in state.critics.items()),
     ):
         moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), was, jax.device_get(now))
         assert max(jax.tree.leaves(moved)) > 1e-6
-    first = float(metrics["adversarial_rival"])
+    first = float(metrics["adversarial_critic"])
     for _ in range(5):
         state, metrics = stage.step(dataclasses.replace(state, step=jnp.int32(0)), frozen, batch)
-    assert float(metrics["adversarial_rival"]) < first, "at fixed draws the heads learn to tell"
+    assert float(metrics["adversarial_critic"]) < first, "at fixed draws the heads learn to discriminate"
 
 
-def test_only_noisy_states_learn_from_the_terms_and_rivals_know_all():
+def test_only_noisy_states_learn_from_the_losses_and_critics_see_all():
     optimizer, student, frozen = optax.sgd(1.0), toy_params(1), Frozen(toy_params(2), toy_conditioning(1, 4))
-    config = settings(num_segments=2, states="student", timesteps="milestones", target="x0", consistency_weight=0.0)
+    config = settings(num_segments=2, states="student", timesteps="milestones", target="x0")
+    config.consistency.weight = 0.0
     config.distribution_matching.weight = 1.0
-    rival = Rival(toy_params(5), rival_optimizer(config, "distribution_matching").init(toy_params(5)))
+    critic = Critic(toy_params(5), critic_optimizer(config, "distribution_matching").init(toy_params(5)))
 
     steps = {}
-    for config.terms_min_timestep in (0, 999):
-        step = make_train_step(toy_apply, SCHEDULE, optimizer, config.copy_and_resolve_references(), LATENT_SHAPE)
-        steps[config.terms_min_timestep] = jax.jit(step)
+    for config.losses_min_timestep in (0, 999):
+        context = DistillationContext(toy_apply, SCHEDULE, config.copy_and_resolve_references())
+        step = make_train_step(context, optimizer, LATENT_SHAPE)
+        steps[config.losses_min_timestep] = jax.jit(step)
 
-    def update(lowest, jumps):
-        state = create(student, optimizer, rivals={"distribution_matching": rival})
-        after, _ = steps[lowest](state, frozen, toy_batch(4, 3, jumps, 2))
+    def update(lowest, trajectory_step):
+        state = create(student, optimizer, critics={"distribution_matching": critic})
+        after, _ = steps[lowest](state, frozen, toy_batch(4, 3, trajectory_step, 2))
         moved = jax.tree.map(jnp.subtract, after.params, student)
-        return moved, after.rivals["distribution_matching"].params
+        return moved, after.critics["distribution_matching"].params
 
-    noise, half = (0, 0, 0, 0), (1, 1, 1, 1)  # jumps to states at timesteps 999 and 499
-    (of_noise, _), (of_half, _), (both, rival_all) = (update(0, jumps) for jumps in (noise, half, (0, 1, 0, 1)))
+    noise, half = (0, 0, 0, 0), (1, 1, 1, 1)  # trajectory steps to states at timesteps 999 and 499
+    (of_noise, _), (of_half, _), (both, critic_all) = (update(0, steps) for steps in (noise, half, (0, 1, 0, 1)))
     assert min(map(optax.tree.norm, (of_noise, of_half))) > 1e-3
     jax.tree.map(np.testing.assert_array_equal, update(999, noise)[0], of_noise)
     assert optax.tree.norm(update(999, half)[0]) == 0
-    some, rival_some = update(999, (0, 1, 0, 1))
+    some, critic_some = update(999, (0, 1, 0, 1))
     assert 0 < optax.tree.norm(jax.tree.map(jnp.subtract, both, some)) < optax.tree.norm(both)
-    jax.tree.map(np.testing.assert_array_equal, rival_some, rival_all)
+    jax.tree.map(np.testing.assert_array_equal, critic_some, critic_all)
 
 
 def test_preference_forms():
@@ -199,36 +203,29 @@ def test_preference_forms():
 
 
 @pytest.mark.usefixtures("quick_compiles")
-def test_preference_raises_the_score_and_never_learns_from_the_guard():
+def test_preference_raises_the_score_and_never_learns_from_the_held_out_model():
     vae = load_network(TEACHER / "vae", "AutoencoderKL")
     config = settings()
-    config.preference.update({"weight": 1.0, "target": 1.0, "scorer": f"clip={SCORER}"})
-    config.preference.guard = f"clip={GUARD}"
+    config.preference.update({"weight": 1.0, "target": 1.0, "reward_model": f"clip={REWARD_MODEL}"})
+    config.preference.held_out_reward_model = f"clip={HELD_OUT}"
     architecture = dataclasses.replace(read_architecture(TEACHER), vae=vae)
-    guarded = read_auxiliary([config], architecture)
-    alone = dataclasses.replace(guarded, judges={"scorer": guarded.judges["scorer"]})
+    watched = read_frozen_networks([config], architecture)
+    kept = {role: watched.by_role[role] for role in ("reward_model", DECODER)}
+    alone = dataclasses.replace(watched, by_role=kept)
     x0 = jax.random.normal(jax.random.key(0), (2, 16, 16, 4))
 
-    def loss(auxiliary):
+    def loss(networks):
         def of(x0):
-            tokens = auxiliary.tokenize(["red heart", "sun"])
-            seen = Inputs(
-                x0,
-                None,
-                Told(None, None),
-                {},
-                None,
-                jax.random.key(0),
-                auxiliary.weights | {"decoder": vae.params},
-                tokens,
-            )
-            return Preference(None, SCHEDULE, config, auxiliary).loss({}, seen)
+            tokens = networks.tokenize(["red heart", "sun"])
+            frozen = Frozen({}, None, networks.weights | {DECODER: vae.params})
+            inputs = LossInputs(x0, Examples(x0, None, None, x0, None, None, tokens), frozen, jax.random.key(0))
+            return Preference(DistillationContext(None, SCHEDULE, config, networks))({}, inputs)
 
         return jax.jit(jax.value_and_grad(of, has_aux=True))
 
-    (value, reported), gradient = loss(guarded)(x0)
+    (value, reported), gradient = loss(watched)(x0)
     (_, without), expected = loss(alone)(x0)
-    assert set(reported) - set(without) == {"guard"}
+    assert set(reported) - set(without) == {"held_out"}
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5 * float(jnp.abs(expected).max()))
     np.testing.assert_allclose(value, 1e-3 * (1 - reported["score"]), rtol=1e-4)
     (_, after), _ = loss(alone)(x0 - gradient / jnp.linalg.norm(gradient))
@@ -238,15 +235,16 @@ def test_preference_raises_the_score_and_never_learns_from_the_guard():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scorer": ""}, "needs config.preference.scorer"),
+        ({"reward_model": ""}, "needs config.preference.reward_model"),
         ({"form": "margin"}, "needs config.preference.negative_prompt"),
         ({"form": "hinge"}, "one of margin, refl"),
+        ({"held_out_reward_model": "clip=somewhere"}, "is the reward model itself"),
     ],
 )
 def test_preferences_that_cannot_work_are_refused(changes, message):
     config = settings(teacher="t", prompts="p")
     config.sample.prompts = "p"
-    config.preference.update({"weight": 1.0, "scorer": "clip=somewhere", **changes})
+    config.preference.update({"weight": 1.0, "reward_model": "clip=somewhere", **changes})
     with pytest.raises(UserError, match=message):
         validate(config)
 
@@ -254,16 +252,15 @@ def test_preferences_that_cannot_work_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scorer": "beauty=somewhere"}, "config.preference.scorer has the entry 'beauty=somewhere'"),
-        ({"guard": f"clip={SCORER}"}, "is the scorer itself"),
-        ({"decoder": str(SCORER)}, "no autoencoder"),
+        ({"reward_model": "beauty=somewhere"}, "config.preference.reward_model has the entry 'beauty=somewhere'"),
+        ({"decoder": str(REWARD_MODEL)}, "no autoencoder"),
     ],
 )
-def test_judges_that_cannot_work_are_refused(changes, message):
+def test_reward_models_that_cannot_work_are_refused(changes, message):
     config = settings()
-    config.preference.update({"weight": 1.0, "scorer": f"clip={SCORER}", **changes})
+    config.preference.update({"weight": 1.0, "reward_model": f"clip={REWARD_MODEL}", **changes})
     with pytest.raises(UserError, match=message):
-        read_auxiliary([config], read_architecture(TEACHER))
+        read_frozen_networks([config], read_architecture(TEACHER))
 
 
 def test_a_discriminator_without_clean_latents_is_refused():

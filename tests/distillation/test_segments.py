@@ -3,16 +3,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from analytic import segment_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlcm_jax.distillation.segments import draw_timesteps, edges, segment_edges, segment_of, short_step
+from mlcm_jax.distillation.segments import boundaries, draw_timesteps, segment_boundaries, short_step
 from mlcm_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("strict_arrays")
 
 segment_counts = st.integers(1, 999)
-traced_edges = jax.jit(segment_edges)
+traced_edges = jax.jit(segment_boundaries)
 traced_segment_of = jax.jit(segment_of)
 traced_draw = jax.jit(draw_timesteps)
 
@@ -22,12 +23,12 @@ def test_edges_are_what_tcd_visits(num_segments):
     scheduler = diffusers.TCDScheduler(original_inference_steps=1000)
     scheduler.set_timesteps(num_segments)
     visited = [*scheduler.timesteps.tolist(), 0]
-    assert edges(num_segments).tolist() == visited
+    assert boundaries(num_segments).tolist() == visited
 
 
 @given(segment_counts)
 def test_traced_edges_equal_the_table_and_fall(num_segments):
-    table = edges(num_segments)
+    table = boundaries(num_segments)
     upper, lower = traced_edges(jnp.arange(999), num_segments)
     np.testing.assert_array_equal(upper[:num_segments], table[:-1])
     np.testing.assert_array_equal(lower[:num_segments], table[1:])
@@ -57,11 +58,11 @@ def test_no_timestep_leaves_its_segment(num_segments, seed, skip):
 
 def test_draws_reach_both_ends():
     drawn = draw_timesteps(jax.random.key(0), jnp.full((4096,), 3), 8)
-    upper, lower = segment_edges(3, 8)
+    upper, lower = segment_boundaries(3, 8)
     assert int(drawn.max()) == int(upper) and int(drawn.min()) == int(lower) + 1
 
 
 @pytest.mark.parametrize("num_segments", [0, -1, 1000])
 def test_impossible_number_of_segments(num_segments):
     with pytest.raises(UserError, match=f"num_segments={num_segments}"):
-        edges(num_segments)
+        boundaries(num_segments)

@@ -12,27 +12,31 @@ from small_runs import SCHEDULE, random_like, settings
 from toy_denoiser import LATENT_SHAPE, toy_apply, toy_batch, toy_conditioning, toy_params, toy_state
 
 from mlcm_jax import rng
-from mlcm_jax.distillation.segments import draw_timesteps, segment_edges
-from mlcm_jax.distillation.state import create, student_variables
-from mlcm_jax.distillation.step import Frozen, make_train_step
+from mlcm_jax.distillation.context import DistillationContext
+from mlcm_jax.distillation.segments import draw_timesteps, segment_boundaries
+from mlcm_jax.distillation.state import Frozen, create, student_variables, update_ema
+from mlcm_jax.distillation.step import make_train_step
 from mlcm_jax.rng import seed_words
-from mlcm_jax.training.batch_plan import rows_at
-from mlcm_jax.training.optimizer import update_ema
+from mlcm_jax.training.batch_plan import batch_plan
 from mlcm_jax.training.program import build_program
 
 
 def reference_gradient(student, teacher, batch, unconditional, step, config):
     """Loss and gradient of one step from pure noise in plain Python: arXiv 2406.05768's stage 1."""
-    n, conditioning = len(batch.jumps), batch.conditioning
+    n, conditioning = len(batch.trajectory_step), batch.conditioning
     z = jax.random.normal(rng.stream(config.seed, "noise", step), (n, *LATENT_SHAPE))
-    jumps = int(batch.jumps[0])
-    segment = jnp.full((n,), max(jumps - 1, 0))
-    upper, edge = segment_edges(segment, config.num_segments)
-    t_m = draw_timesteps(rng.stream(config.seed, "timesteps", step), segment, config.num_segments) if jumps else upper
-    t_n = jnp.maximum(t_m - config.skip, edge)
+    trajectory_step = int(batch.trajectory_step[0])
+    segment = jnp.full((n,), max(trajectory_step - 1, 0))
+    upper, boundary = segment_boundaries(segment, config.num_segments)
+    t_m = (
+        draw_timesteps(rng.stream(config.seed, "timesteps", step), segment, config.num_segments)
+        if trajectory_step
+        else upper
+    )
+    t_n = jnp.maximum(t_m - config.skip, boundary)
     abar = np.asarray(SCHEDULE.alphas_cumprod, np.float64)
 
-    def jump(z, eps, t, s):
+    def ddim(z, eps, t, s):
         a, b = (abar[np.asarray(u)][:, None, None, None].astype(np.float32) for u in (t, s))
         x0 = (z - np.sqrt(1 - a) * eps) / np.sqrt(a)
         return np.sqrt(b) * x0 + np.sqrt(1 - b) * eps
@@ -41,35 +45,35 @@ def reference_gradient(student, teacher, batch, unconditional, step, config):
         no, yes = (toy_apply({"params": teacher}, z, t, c) for c in (unconditional, conditioning))
         return no + config.guidance_scale * (yes - no)
 
-    def student_jump(params, z, t):
-        return jump(z, toy_apply({"params": params}, z, t, conditioning), t, edge)
+    def student_answer(params, z, t):
+        return ddim(z, toy_apply({"params": params}, z, t, conditioning), t, boundary)
 
-    times = [999 - (999 - np.asarray(t_m)) * j // max(jumps, 1) for j in range(jumps + 1)]
+    times = [999 - (999 - np.asarray(t_m)) * j // max(trajectory_step, 1) for j in range(trajectory_step + 1)]
     for t, s in itertools.pairwise(times):
-        z = jump(z, teacher_eps(z, t), t, s)
-    z_n = jump(z, teacher_eps(z, t_m), t_m, t_n)
-    target = student_jump(student, z_n, t_n)  # not a function of what the gradient is taken for
-    return jax.value_and_grad(lambda p: jnp.mean((student_jump(p, z, t_m) - target) ** 2))(student)
+        z = ddim(z, teacher_eps(z, t), t, s)
+    z_n = ddim(z, teacher_eps(z, t_m), t_m, t_n)
+    target = student_answer(student, z_n, t_n)  # not a function of what the gradient is taken for
+    return jax.value_and_grad(lambda p: jnp.mean((student_answer(p, z, t_m) - target) ** 2))(student)
 
 
 def toy_step(config, optimizer):
-    return jax.jit(make_train_step(toy_apply, SCHEDULE, optimizer, config, LATENT_SHAPE))
+    return jax.jit(make_train_step(DistillationContext(toy_apply, SCHEDULE, config), optimizer, LATENT_SHAPE))
 
 
 @pytest.mark.parametrize(
-    ("states", "jumps", "skip"),
+    ("states", "trajectory_step", "skip"),
     [("mds", 1, 60), ("mds", 2, 60), ("mds", 3, 60), ("mds", 2, 1000), ("streaming", 0, 60), ("streaming", 0, 1000)],
 )
-def test_gradients_are_those_of_the_loss_with_teacher_and_target_held_fixed(states, jumps, skip):
+def test_gradients_are_those_of_the_loss_with_teacher_and_target_held_fixed(states, trajectory_step, skip):
     config = settings(num_segments=3, skip=skip, states=states)
     student, teacher = toy_params(1), toy_params(2)
-    unconditional, batch = toy_conditioning(1, 4), toy_batch(4, 3, [jumps] * 4, 3)
+    unconditional, batch = toy_conditioning(1, 4), toy_batch(4, 3, [trajectory_step] * 4, 3)
     optimizer = optax.sgd(1.0)
     step_fn, state = toy_step(config, optimizer), toy_state(student, optimizer, 4)
     repeated = jax.tree.map(lambda a: jnp.repeat(a, 4, axis=0), unconditional)
-    before = dataclasses.replace(state, step=jnp.int32(jumps))
+    before = dataclasses.replace(state, step=jnp.int32(trajectory_step))
     after, metrics = step_fn(before, Frozen(teacher, unconditional), batch)
-    loss, grads = reference_gradient(student, teacher, batch, repeated, jumps, config)
+    loss, grads = reference_gradient(student, teacher, batch, repeated, trajectory_step, config)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-3)
     assert float(optax.tree.norm(grads)) > 1e-4
     for name, gradient in grads.items():
@@ -79,7 +83,7 @@ def test_gradients_are_those_of_the_loss_with_teacher_and_target_held_fixed(stat
 
 def lcm_loss(student, target, teacher, batch, unconditional, step, config):
     """Latent consistency distillation (arXiv 2310.04378) in plain Python, after its paper and not after this code."""
-    n, abar = len(batch.jumps), np.asarray(SCHEDULE.alphas_cumprod)
+    n, abar = len(batch.trajectory_step), np.asarray(SCHEDULE.alphas_cumprod)
     noise = jax.random.normal(rng.stream(config.seed, "noise", step), (n, *LATENT_SHAPE))
     t = draw_timesteps(rng.stream(config.seed, "timesteps", step), jnp.zeros(n, jnp.int32), 1)
     a, b = (abar[np.asarray(u)].reshape(n, 1, 1, 1) for u in (t, jnp.maximum(t - 20, 0)))
@@ -180,7 +184,7 @@ def run_steps(architecture, config, num_devices, num_steps):
     batch = stage.batch.replace(
         conditioning=random_like(stage.batch.conditioning, 2, 1.0),
         num_segments=jax.device_put(np.int32(config.num_segments), stage.batch.num_segments.sharding),
-        guidance_scale=jax.device_put(np.full(config.batch_size, 3, np.float32), stage.batch.jumps.sharding),
+        guidance_scale=jax.device_put(np.full(config.batch_size, 3, np.float32), stage.batch.trajectory_step.sharding),
         seed=jax.device_put(seed_words(config.seed), stage.batch.seed.sharding),
     )
     teacher = random_like(program.frozen.teacher, 0, 0.1) if config.trainable == "full" else None
@@ -188,8 +192,8 @@ def run_steps(architecture, config, num_devices, num_steps):
     before = jax.device_get((frozen.teacher, state.params))
     losses = []
     for step in range(num_steps):
-        jumps = rows_at((stage.stage,), step).jumps.astype(np.int32)
-        batch = batch.replace(jumps=jax.device_put(jumps, stage.batch.jumps.sharding))
+        trajectory_step = batch_plan((stage.stage,), step).trajectory_step.astype(np.int32)
+        batch = batch.replace(trajectory_step=jax.device_put(trajectory_step, stage.batch.trajectory_step.sharding))
         state, metrics = stage.step(state, frozen, batch)
         losses.append(float(metrics["loss"]))
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, before[0], jax.device_get(frozen.teacher))))

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlcm_jax.diffusion.schedule import Schedule
-from mlcm_jax.diffusion.solvers import ddim_step
-from mlcm_jax.distillation.segments import LAST_TIMESTEP, draw_timesteps, segment_edges, short_step
-from mlcm_jax.distillation.trajectory import denoising_timesteps, walk
+from mlcm_jax.diffusion.solvers import SOLVERS, ddim_step
+from mlcm_jax.distillation.segments import LAST_TIMESTEP, draw_timesteps, segment_boundaries, short_step
+from mlcm_jax.distillation.trajectory import integrate, trajectory_timesteps
 
 pytestmark = pytest.mark.usefixtures("strict_arrays")
 
@@ -31,25 +31,25 @@ T_N = T_M - 20
 NOISE = jax.random.normal(jax.random.key(0), (4, 3, 3, 2))
 
 
-@partial(jax.jit, static_argnames=("substeps", "second_order"))
-def trajectory(times, num_jumps, substeps=1, second_order=False):
-    return walk(TEACHER.x0, SCHEDULE, NOISE, times, num_jumps, substeps, second_order=second_order)
+@partial(jax.jit, static_argnames=("substeps", "solver"))
+def trajectory(times, num_steps, substeps=1, solver="ddim"):
+    return integrate(TEACHER.x0, SCHEDULE, NOISE, times, num_steps, substeps, solver=SOLVERS[solver])
 
 
-def states(num_jumps, substeps=1, *, second_order=False, t_n=T_N):
-    num_jumps = jnp.int32(num_jumps)
-    times = denoising_timesteps(T_M, t_n, num_jumps, 64, substeps)
-    return trajectory(times, num_jumps, substeps, second_order)
+def states(num_steps, substeps=1, *, solver="ddim", t_n=T_N):
+    num_steps = jnp.int32(num_steps)
+    times = trajectory_timesteps(T_M, t_n, num_steps, 64, substeps)
+    return trajectory(times, num_steps, substeps, solver)
 
 
-@pytest.mark.parametrize(("second_order", "order"), [(False, 1.0), (True, 2.0)])
-def test_z_m_converges_to_the_exact_flow_with_the_solvers_order(second_order, order):
+@pytest.mark.parametrize(("solver", "order"), [("ddim", 1.0), ("dpmpp_2m", 2.0)])
+def test_z_m_converges_to_the_exact_flow_with_the_solvers_order(solver, order):
     exact = TEACHER.flow(NOISE, jnp.full_like(T_M, LAST_TIMESTEP), T_M)
-    errors = [np.abs(states(k, second_order=second_order)[0] - exact).max(axis=(1, 2, 3)) for k in (16, 32, 64)]
+    errors = [np.abs(states(k, solver=solver)[0] - exact).max(axis=(1, 2, 3)) for k in (16, 32, 64)]
     assert (errors[0] > 10.0 ** -(order + 2)).all(), "too small to measure an order"
     orders = np.stack([np.log2(errors[0] / errors[1]), np.log2(errors[1] / errors[2])])
-    # Down to t = 20 the last jump spans most of the log-SNR: 64 jumps are too few to see its second order.
-    np.testing.assert_allclose(orders[:, : 3 if second_order else 4], order, atol=0.25)
+    # Down to t = 20 the last step spans most of the log-SNR: 64 steps are too few to see its second order.
+    np.testing.assert_allclose(orders[:, : 3 if solver == "dpmpp_2m" else 4], order, atol=0.25)
 
 
 def test_z_n_converges_to_the_exact_flow_from_z_m_with_the_substeps():
@@ -61,13 +61,13 @@ def test_z_n_converges_to_the_exact_flow_from_z_m_with_the_substeps():
     np.testing.assert_allclose(np.log2(np.divide(errors[:-1], errors[1:])), 1.0, atol=0.25)
 
 
-@pytest.mark.parametrize("num_jumps", [1, 3, 8])
-def test_z_n_is_one_ddim_step_of_z_m(num_jumps):
-    z_m, z_n = states(num_jumps)
+@pytest.mark.parametrize("num_steps", [1, 3, 8])
+def test_z_n_is_one_ddim_step_of_z_m(num_steps):
+    z_m, z_n = states(num_steps)
     np.testing.assert_allclose(z_n, ddim_step(SCHEDULE, z_m, TEACHER.x0(z_m, T_M), T_M, T_N), rtol=1e-5, atol=1e-5)
 
 
-def test_one_jump_is_one_ddim_step_from_the_noise():
+def test_one_step_is_one_ddim_step_from_the_noise():
     top = jnp.full_like(T_M, LAST_TIMESTEP)
     expected = ddim_step(SCHEDULE, NOISE, TEACHER.x0(NOISE, top), top, T_M)
     np.testing.assert_allclose(states(1)[0], expected, rtol=1e-5, atol=1e-5)
@@ -75,8 +75,8 @@ def test_one_jump_is_one_ddim_step_from_the_noise():
 
 def test_a_state_at_the_first_timestep_is_the_noise_itself():
     top = jnp.full_like(T_M, LAST_TIMESTEP)
-    num_jumps = jnp.int32(1)
-    z_m, _ = trajectory(denoising_timesteps(top, top - 20, num_jumps, 64), num_jumps)
+    num_steps = jnp.int32(1)
+    z_m, _ = trajectory(trajectory_timesteps(top, top - 20, num_steps, 64), num_steps)
     np.testing.assert_array_equal(z_m, NOISE)
 
 
@@ -87,23 +87,23 @@ def test_times_fall_from_pure_noise_to_t_m_and_end_inside_the_segment(num_segmen
     skip = data.draw(st.integers(1, 300))
     each = jnp.full((8,), segment)
     t_m = draw_timesteps(jax.random.key(data.draw(st.integers(0, 999))), each, num_segments)
-    upper, lower = segment_edges(each, num_segments)
+    upper, lower = segment_boundaries(each, num_segments)
     t_n = short_step(t_m, skip, lower)
-    num_jumps = segment + 1
+    num_steps = segment + 1
     substeps = data.draw(st.integers(1, 4))
-    times = np.asarray(denoising_timesteps(t_m, t_n, jnp.int32(num_jumps), num_segments, substeps))
+    times = np.asarray(trajectory_timesteps(t_m, t_n, jnp.int32(num_steps), num_segments, substeps))
     assert times.shape == (num_segments + substeps + 1, 8)
     assert (times[0] == LAST_TIMESTEP).all()
     assert (np.diff(times, axis=0) <= 0).all()
-    np.testing.assert_array_equal(times[num_jumps], t_m)
-    assert (times[num_jumps + substeps :] == np.asarray(t_n)).all()
+    np.testing.assert_array_equal(times[num_steps], t_m)
+    assert (times[num_steps + substeps :] == np.asarray(t_n)).all()
     assert (np.asarray(t_m) <= upper).all() and (times >= np.asarray(lower)).all()
-    jumps = np.diff(times[: num_jumps + 1], axis=0)
-    assert (jumps.max(axis=0) - jumps.min(axis=0) <= 1).all(), "the jumps to t_m are equal but for rounding"
+    steps = np.diff(times[: num_steps + 1], axis=0)
+    assert (steps.max(axis=0) - steps.min(axis=0) <= 1).all(), "the steps to t_m are equal but for rounding"
 
 
-@pytest.mark.parametrize("num_jumps", [1, 2, 5])
-def test_only_the_jumps_that_are_needed_run(num_jumps):
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_only_the_steps_that_are_needed_run(num_steps):
     calls = []
 
     def counted_x0(z, t):
@@ -111,10 +111,10 @@ def test_only_the_jumps_that_are_needed_run(num_jumps):
         return TEACHER.x0(z, t)
 
     @jax.jit
-    def run(num_jumps):
-        times = denoising_timesteps(T_M, T_N, num_jumps, 8)
-        return walk(counted_x0, SCHEDULE, NOISE, times, num_jumps)
+    def run(num_steps):
+        times = trajectory_timesteps(T_M, T_N, num_steps, 8)
+        return integrate(counted_x0, SCHEDULE, NOISE, times, num_steps)
 
-    jax.block_until_ready(run(jnp.int32(num_jumps)))
+    jax.block_until_ready(run(jnp.int32(num_steps)))
     jax.effects_barrier()
-    assert len(calls) == num_jumps + 1
+    assert len(calls) == num_steps + 1

@@ -9,12 +9,13 @@ import torch
 from analytic import GaussianTeacher
 from scheduler_configs import PUBLISHED, SD15, SD21, SDXL, with_class
 
-from mlcm_jax.diffusion.denoise import sample, timesteps
+from mlcm_jax.diffusion.denoise import denoise, noise_rng
+from mlcm_jax.diffusion.guidance import guided_predict
 from mlcm_jax.diffusion.parameterization import predict_x0_eps
-from mlcm_jax.diffusion.samplers import SAMPLERS
+from mlcm_jax.diffusion.samplers import SAMPLERS, step_table
 from mlcm_jax.diffusion.schedule import Schedule
 from mlcm_jax.diffusion.solvers import ddim_step
-from mlcm_jax.distillation.segments import edges
+from mlcm_jax.distillation.segments import boundaries
 from mlcm_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("strict_arrays")
@@ -22,6 +23,18 @@ pytestmark = pytest.mark.usefixtures("strict_arrays")
 NOISE = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
 COND, UNCOND = jnp.array([0.3, -0.2]), jnp.zeros(2)
 KEY = jax.random.key(7)
+
+
+def sample(predict, config, latents, conditioning, unconditional, guidance_scale, num_steps, rng=None, *, eta=0.0):
+    """As sampling.sample.sample_latents does it, for a function in the network's place."""
+    table = step_table(config, num_steps, eta)
+
+    def network(x, timesteps):
+        if guidance_scale > 1:
+            return guided_predict(predict, x, timesteps, conditioning, unconditional, guidance_scale)
+        return predict(x, timesteps, conditioning)
+
+    return denoise(network, table.prediction_type, table.arrays, latents, noise_rng(table, rng))
 
 
 def predict(z, t, conditioning):
@@ -209,8 +222,8 @@ def test_lcm_equals_diffusers(monkeypatch, changes, num_steps):
 @pytest.mark.parametrize("num_steps", range(1, 9))
 def test_tcd_takes_ddim_jumps_from_edge_to_edge(num_steps):
     schedule = Schedule.from_config(CONFIGS["tcd"])
-    z, bounds = NOISE, edges(num_steps)
-    np.testing.assert_array_equal(timesteps(CONFIGS["tcd"], num_steps), bounds[:-1])
+    z, bounds = NOISE, boundaries(num_steps)
+    np.testing.assert_array_equal(step_table(CONFIGS["tcd"], num_steps).timesteps, bounds[:-1])
     for upper, lower in pairwise(bounds):
         t, s = jnp.full((2,), int(upper)), jnp.full((2,), int(lower))
         z = ddim_step(schedule, z, predict_x0_eps(schedule, predict(z, t, COND), z, t).x0, t, s)
@@ -226,7 +239,7 @@ def test_timesteps_equal_diffusers_at_many_step_counts(name):
         scheduler.set_timesteps(num_steps)
         theirs = scheduler.timesteps.numpy()
         # for some counts, 61 the first, diffusers' trailing spacing goes on to timestep -1
-        np.testing.assert_allclose(timesteps(config, num_steps), theirs[theirs >= 0], rtol=1e-6)
+        np.testing.assert_allclose(step_table(config, num_steps).timesteps, theirs[theirs >= 0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["ddim", "sd21", "sdxl", "sd15", "dpm from sd15"])

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlcm_jax.config import base, validate
+from mlcm_jax.config import base
 from mlcm_jax.data.prompts import shuffled
 from mlcm_jax.errors import UserError
-from mlcm_jax.training.batch_plan import guidance_scales, rows_at
-from mlcm_jax.training.program import stage_optimizer
+from mlcm_jax.training.batch_plan import batch_plan, guidance_scales
+from mlcm_jax.training.checks import validate
+from mlcm_jax.training.optimizer import stage_optimizer
 from mlcm_jax.training.stages import read_stages, stage_at
 
 
@@ -29,29 +30,29 @@ def run(**values):
 def test_streamed_rows_walk_whole_trajectories_and_batches_hold_every_place(num_segments, n, timesteps):
     stages = read_stages(run(num_segments=num_segments, batch_size=n, timesteps=timesteps))
     length = {"uniform": num_segments + 1, "milestones": num_segments}[timesteps]  # noise is a milestone
-    rows = [rows_at(stages, step) for step in range(4 * length)]
+    rows = [batch_plan(stages, step) for step in range(4 * length)]
     for before, after in itertools.pairwise(rows):
-        goes_on = after.jumps == before.jumps + 1
-        assert (goes_on | (after.jumps == 0)).all()
+        goes_on = after.trajectory_step == before.trajectory_step + 1
+        assert (goes_on | (after.trajectory_step == 0)).all()
         np.testing.assert_array_equal(after.prompts[goes_on], before.prompts[goes_on])
         assert (after.prompts[~goes_on] != before.prompts[~goes_on]).all()
-    assert (rows[0].jumps == 0).all()
+    assert (rows[0].trajectory_step == 0).all()
     for late in rows[length:]:
-        counts = np.bincount(late.jumps, minlength=length)
+        counts = np.bincount(late.trajectory_step, minlength=length)
         assert counts.max() - counts.min() <= 1, "places are spread evenly over a batch"
-    ends = sum((after.jumps == 0).sum() for after in rows[length : 3 * length])
+    ends = sum((after.trajectory_step == 0).sum() for after in rows[length : 3 * length])
     assert ends == 2 * n, "n trajectories begin every M + 1 steps, or M"
-    assert len({(j, p) for r in rows for j, p in zip(r.jumps, r.prompts, strict=True)}) == len(rows) * n
+    assert len({(j, p) for r in rows for j, p in zip(r.trajectory_step, r.prompts, strict=True)}) == len(rows) * n
 
 
 @pytest.mark.parametrize("states", ["mds", "data", "student"])
 @pytest.mark.parametrize(("timesteps", "expected"), [("uniform", [0, 18, 18, 18]), ("milestones", [18, 18, 18])])
 def test_other_states_visit_every_segment_equally_and_every_prompt_once(states, timesteps, expected):
     stages = read_stages(run(states=states, num_segments=3, batch_size=6, timesteps=timesteps))
-    rows = [rows_at(stages, step) for step in range(9)]
-    np.testing.assert_array_equal(np.bincount(np.concatenate([r.jumps for r in rows])), expected)
+    rows = [batch_plan(stages, step) for step in range(9)]
+    np.testing.assert_array_equal(np.bincount(np.concatenate([r.trajectory_step for r in rows])), expected)
     assert sorted(np.concatenate([r.prompts for r in rows])) == list(range(54))
-    one_segment = all(len(set(r.jumps)) == 1 for r in rows)
+    one_segment = all(len(set(r.trajectory_step)) == 1 for r in rows)
     assert one_segment == (states == "mds")
 
 
@@ -67,11 +68,11 @@ def test_stages_add_up_and_take_prompts_where_the_last_one_stopped():
     assert stages[0].program_key() == stages[1].program_key() != stages[2].program_key()
     seen = collections.Counter()
     for stage in stages:
-        prompts = {int(p) for step in range(stage.start, stage.end) for p in rows_at(stages, step).prompts}
+        prompts = {int(p) for step in range(stage.start, stage.end) for p in batch_plan(stages, step).prompts}
         seen.update(prompts)
         assert len(prompts) > 0.8 * (max(prompts) - min(prompts) + 1), "hardly any position is left out"
     assert set(seen.values()) == {1}, "no stage repeats the prompts of another"
-    assert (rows_at(stages, 10).jumps == 0).all(), "a new number of segments starts new trajectories"
+    assert (batch_plan(stages, 10).trajectory_step == 0).all(), "a new number of segments starts new trajectories"
 
 
 def test_a_stage_with_another_learning_rate_has_a_schedule_of_its_own():
@@ -101,7 +102,9 @@ RECIPES = {
 @pytest.mark.parametrize("name, variant", [(name, v) for name, variants in RECIPES.items() for v in variants])
 def test_every_stage_of_a_recipe_can_work(name, variant):
     config = importlib.import_module(f"configs.{name}").get_config(variant)
-    config.preference.scorer = config.preference.scorer or "mps=FOLDER"  # what sdxl.py:all leaves to the user
+    config.preference.reward_model = (
+        config.preference.reward_model or "mps=FOLDER"
+    )  # what sdxl.py:all leaves to the user
     for stage in read_stages(config):
         validate(stage.config)
 
@@ -132,7 +135,7 @@ def test_guidance_is_drawn_once_for_each_position_of_the_stream():
 
 def test_a_stage_may_have_its_own_guidance_in_the_same_program():
     stages = read_stages(run(guidance_scale=3.0, stages=({"start": 5, "guidance_scale": 4.5},)))
-    assert [set(rows_at(stages, step).guidance_scale.tolist()) for step in (4, 5)] == [{3.0}, {4.5}]
+    assert [set(batch_plan(stages, step).guidance_scale.tolist()) for step in (4, 5)] == [{3.0}, {4.5}]
     assert stages[0].program_key() == stages[1].program_key()
 
 

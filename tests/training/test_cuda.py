@@ -13,7 +13,7 @@ from mlcm_jax.training.program import build_program
 
 SCORER = Path(__file__).parents[2] / "examples" / "emoji" / "scorer"
 PREFERENCE = {"states": "student", "student_steps": 2, "target": "x0", "preference.weight": 1.0}
-PREFERENCE |= {"preference.scorer": f"clip={SCORER}"}
+PREFERENCE |= {"preference.reward_model": f"clip={SCORER}"}
 
 
 # The UNet has four transformer blocks in stacks of one: eight calls of attention, four of them to 77 keys.

@@ -1,4 +1,4 @@
-"""What a run is fed: its prompts' conditioning in every row, each encoded once, the same bits wherever it begins."""
+"""The batches of a run: the conditioning of its prompts, each encoded once, the same bits wherever it begins."""
 
 import math
 from contextlib import closing
@@ -12,16 +12,15 @@ from small_runs import settings
 
 from mlcm_jax.data.prompts import TextLines, shuffled
 from mlcm_jax.data.text_states import States, TextStates, TextStatesWriter
-from mlcm_jax.distillation.frozen_networks import Auxiliary
-from mlcm_jax.distillation.step import Frozen
+from mlcm_jax.distillation.frozen_networks import FrozenNetworks
+from mlcm_jax.distillation.state import Frozen
 from mlcm_jax.errors import UserError
-from mlcm_jax.hub.model_index import TEXT_ENCODERS
-from mlcm_jax.hub.pipeline import conditioning_shapes, load_pipeline, read_architecture
+from mlcm_jax.hub.pipeline import TEXT_ENCODERS, conditioning_shapes, load_pipeline, read_architecture
 from mlcm_jax.parallel.sharding import batch_sharding, make_mesh
 from mlcm_jax.sampling.conditioning import encode_prompts
-from mlcm_jax.training import input_pipeline as feed
-from mlcm_jax.training.batch_plan import rows_at
-from mlcm_jax.training.input_pipeline import Feed
+from mlcm_jax.training import input_pipeline
+from mlcm_jax.training.batch_plan import batch_plan
+from mlcm_jax.training.input_pipeline import InputPipeline
 from mlcm_jax.training.program import StageProgram
 from mlcm_jax.training.stages import read_stages
 from mlcm_jax.training.text_conditioning import open_states, read_texts
@@ -39,7 +38,7 @@ def pipeline(sdxl_folder):
 
 
 def make_program(pipeline, mesh, **values):
-    """What a feed asks of a run's program; the steps themselves are not built, as tracing them takes its time."""
+    """What an input pipeline asks of a run's program; the steps are not built, as tracing them takes its time."""
     config = settings(batch_size=16, num_segments=3, num_steps=NUM_STEPS, seed=2**63 + 5, stages=STAGES, **values)
     config.mesh.update(mesh)
     devices = make_mesh(config.mesh, jax.devices()[: math.prod(mesh.values())])
@@ -57,7 +56,7 @@ def make_program(pipeline, mesh, **values):
         mesh=devices,
         stages=tuple(StageProgram(stage, None, batch, 0.0) for stage in read_stages(config)),
         frozen=Frozen({}, shapes(1, replicated)),
-        auxiliary=Auxiliary(),
+        networks=FrozenNetworks(),
         image_size=32,
     )
 
@@ -69,8 +68,8 @@ def program(pipeline):
 
 @pytest.fixture(scope="module")
 def batches(program, pipeline):
-    with closing(Feed(program, pipeline, PROMPTS)) as fed:
-        return [jax.device_get(fed(step).batch) for step in range(NUM_STEPS)]
+    with closing(InputPipeline(program, pipeline, PROMPTS)) as batches_of:
+        return [jax.device_get(batches_of(step).batch) for step in range(NUM_STEPS)]
 
 
 def assert_equal(a, b):
@@ -78,13 +77,13 @@ def assert_equal(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-def test_every_row_has_the_conditioning_of_its_prompt(program, pipeline, batches):
+def test_every_example_has_the_conditioning_of_its_prompt(program, pipeline, batches):
     encoded = jax.device_get(encode_prompts(pipeline, [texts[0] for texts in PROMPTS.__getitems__(range(5))], 32))
     stages = tuple(stage.stage for stage in program.stages)
     for step, batch in enumerate(batches):
-        rows = rows_at(stages, step)
+        rows = batch_plan(stages, step)
         expected = [place.row for place in shuffled(rows.prompts, len(PROMPTS), program.config.seed)]
-        np.testing.assert_array_equal(batch.jumps, rows.jumps)
+        np.testing.assert_array_equal(batch.trajectory_step, rows.trajectory_step)
         np.testing.assert_array_equal(batch.seed, [2**31, program.config.seed % 2**32])
         for name in ("hidden_states", "pooled"):
             wanted = np.asarray(getattr(encoded, name))[expected]
@@ -93,22 +92,24 @@ def test_every_row_has_the_conditioning_of_its_prompt(program, pipeline, batches
 
 
 @pytest.mark.parametrize("start", [5, 9, 13])
-def test_a_feed_that_begins_in_the_middle_gives_the_same_bits(program, pipeline, batches, start):
-    with closing(Feed(program, pipeline, PROMPTS)) as fed:
+def test_a_pipeline_that_begins_in_the_middle_gives_the_same_bits(program, pipeline, batches, start):
+    with closing(InputPipeline(program, pipeline, PROMPTS)) as batches_of:
         for step in (start, start + 1, 3)[: 3 if start < 13 else 1]:
-            assert_equal(jax.device_get(fed(step).batch), batches[step])
+            assert_equal(jax.device_get(batches_of(step).batch), batches[step])
 
 
 def test_a_streamed_prompt_is_encoded_once(program, pipeline, monkeypatch):
-    encode, rows = feed.encode_tokens, []
-    monkeypatch.setattr(feed, "encode_tokens", lambda p, tokens, s: rows.append(len(tokens[0])) or encode(p, tokens, s))
-    with closing(Feed(program, pipeline, PROMPTS)) as fed:
+    encode, rows = input_pipeline.encode_tokens, []
+    monkeypatch.setattr(
+        input_pipeline, "encode_tokens", lambda p, tokens, s: rows.append(len(tokens[0])) or encode(p, tokens, s)
+    )
+    with closing(InputPipeline(program, pipeline, PROMPTS)) as batches_of:
         for step in range(NUM_STEPS):
-            batch = fed(step).batch
-            for array in jax.tree.leaves((batch.conditioning, batch.jumps)):
-                assert array.sharding == program.stages[0].batch.jumps.sharding
-    # Trajectories are 4 long, then 2: a quarter of the 16 rows begins at a step, all of them where a stage does.
-    assert rows == [4] * 4 + [4] * 6 + [8] * 2 + [8] * 4 + [16] * 2
+            batch = batches_of(step).batch
+            for array in jax.tree.leaves((batch.conditioning, batch.trajectory_step)):
+                assert array.sharding == program.stages[0].batch.trajectory_step.sharding
+    # Trajectories are 4 long, then 2: a quarter of the 16 examples begins at a step, all of them where a stage does.
+    assert counts == [4] * 4 + [4] * 6 + [8] * 2 + [8] * 4 + [16] * 2
 
 
 def write_states(pipeline, path, negative_prompt=""):
@@ -128,9 +129,9 @@ def test_text_states_of_a_file_take_the_encoders_place(pipeline, batches, tmp_pa
     program = make_program(pipeline, MESH, **asked)
     states = open_states(program, PROMPTS, ["a grid", "of two"])
     without = load_pipeline(pipeline.folder, parts=("unet",))
-    with closing(Feed(program, without, PROMPTS, states=states)) as fed:
+    with closing(InputPipeline(program, without, PROMPTS, states=states)) as batches_of:
         for step in (6, 7, 13):
-            for a, b in zip(jax.tree.leaves(fed(step).batch), jax.tree.leaves(batches[step]), strict=True):
+            for a, b in zip(jax.tree.leaves(batches_of(step).batch), jax.tree.leaves(batches[step]), strict=True):
                 np.testing.assert_allclose(a, b, atol=1e-5)
     texts, expected = (
         read_texts(program, p, ["a grid", "of two"], s) for p, s in ((without, states), (pipeline, None))

@@ -9,13 +9,15 @@ from PIL import Image
 from small_runs import SCHEDULE, settings
 from toy_denoiser import LATENT_SHAPE, toy_apply, toy_batch, toy_conditioning, toy_params, toy_state
 
-from mlcm_jax.config import validate
-from mlcm_jax.distillation.frozen_networks import Auxiliary, read_auxiliary
-from mlcm_jax.distillation.step import Frozen, make_train_step
+from mlcm_jax.distillation.frozen_networks import FrozenNetwork, FrozenNetworks
+from mlcm_jax.distillation.losses import read_frozen_networks
+from mlcm_jax.distillation.state import Frozen
+from mlcm_jax.distillation.step import make_train_step
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import Network, load_network
 from mlcm_jax.hub.save import save_params
 from mlcm_jax.models.latent_lpips import LatentLPIPS
+from mlcm_jax.training.checks import validate
 from mlcm_jax.training.latent_lpips import (
     Triplets,
     bapps_triplets,
@@ -108,9 +110,10 @@ def test_judgements_in_bapps_layout(tmp_path, vae_folder):
 def test_a_step_uses_it(params):
     """The loss of a step is the learnt distance, by the weights in ``frozen``: doubled heads double it."""
     config = settings(distance="latent_lpips", latent_lpips="somewhere")
-    auxiliary = Auxiliary(latent_lpips=Network(MODULE, params, CONFIG))
+    networks = FrozenNetworks({"latent_lpips": FrozenNetwork(Network(MODULE, params, CONFIG))})
     optimizer = optax.sgd(0.1)
-    step = jax.jit(make_train_step(toy_apply, SCHEDULE, optimizer, config, LATENT_SHAPE, auxiliary=auxiliary))
+    context = DistillationContext(toy_apply, SCHEDULE, config, networks)
+    step = jax.jit(make_train_step(context, optimizer, LATENT_SHAPE))
     state, batch = toy_state(toy_params(1), optimizer, 4), toy_batch(4, 3, [0] * 4, 4)
     doubled = {k: jax.tree.map(lambda a: 2 * a, v) if k.startswith("head") else v for k, v in params.items()}
     losses = []
@@ -130,4 +133,4 @@ def test_a_distance_that_cannot_work_is_refused(tmp_path, architecture, params):
     save_params(params, CONFIG, tmp_path, file_name="diffusion_pytorch_model.safetensors")
     config.latent_lpips = str(tmp_path)
     with pytest.raises(UserError, match="latents of 2 channels, and the teacher's have 4"):
-        read_auxiliary([config], architecture)
+        read_frozen_networks([config], architecture)

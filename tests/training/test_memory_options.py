@@ -8,13 +8,15 @@ import pytest
 from small_runs import SCHEDULE, settings
 from toy_denoiser import LATENT_SHAPE, toy_apply, toy_batch, toy_conditioning, toy_params, toy_state
 
-from mlcm_jax.config import validate
+from mlcm_jax.distillation.context import DistillationContext
 from mlcm_jax.distillation.microbatches import value_and_grad
-from mlcm_jax.distillation.step import Frozen, make_train_step
+from mlcm_jax.distillation.state import Frozen
+from mlcm_jax.distillation.step import make_train_step
 from mlcm_jax.errors import UserError
 from mlcm_jax.models.layers import Dense
 from mlcm_jax.models.remat import REMAT_POLICIES, rematerialised
 from mlcm_jax.models.unet import UNet2DConditionModel
+from mlcm_jax.training.checks import validate
 from mlcm_jax.training.flops import count_flops
 from mlcm_jax.training.optimizer import make_optimizer
 from mlcm_jax.training.program import build_program
@@ -25,7 +27,7 @@ def test_microbatches_make_the_same_update(parts):
     frozen, batch, results = Frozen(toy_params(2), toy_conditioning(1, 4)), toy_batch(8, 3, [0] * 8, 4), []
     for k in (1, parts):
         config, optimizer = settings(microbatches=k), optax.sgd(1.0)
-        step = jax.jit(make_train_step(toy_apply, SCHEDULE, optimizer, config, LATENT_SHAPE))
+        step = jax.jit(make_train_step(DistillationContext(toy_apply, SCHEDULE, config), optimizer, LATENT_SHAPE))
         results.append(step(toy_state(toy_params(1), optimizer, 8), frozen, batch))
     (whole, metrics), (sliced, same) = results
     assert metrics["loss"] > 0
@@ -33,7 +35,7 @@ def test_microbatches_make_the_same_update(parts):
     np.testing.assert_allclose(same["grad_norm"], metrics["grad_norm"], rtol=1e-5)
     for name in whole.params:
         np.testing.assert_allclose(sliced.params[name], whole.params[name], atol=1e-6)
-    np.testing.assert_array_equal(sliced.pool.z, whole.pool.z)
+    np.testing.assert_array_equal(sliced.trajectory_buffer.z, whole.trajectory_buffer.z)
 
 
 def test_rows_come_back_in_their_order():

@@ -9,9 +9,10 @@ import optax
 import pytest
 from small_runs import SCHEDULE, settings
 
-from mlcm_jax.distillation.state import create
-from mlcm_jax.distillation.states import empty_pool
-from mlcm_jax.distillation.step import Frozen, make_train_step
+from mlcm_jax.distillation.context import DistillationContext
+from mlcm_jax.distillation.state import Frozen, create
+from mlcm_jax.distillation.states import empty_buffer
+from mlcm_jax.distillation.step import make_train_step
 from mlcm_jax.hub.pipeline import network_shapes
 from mlcm_jax.models.unet import UNet2DConditionModel
 from mlcm_jax.types import Batch, TextConditioning
@@ -71,7 +72,7 @@ def loss_and_gradient(dtype, prediction_type):
     batch = Batch(conditioning(rng, ROWS), jnp.zeros(ROWS, jnp.int32), jnp.int32(4), jnp.full(ROWS, 8.0), jnp.int32(0))
     frozen = Frozen(params, conditioning(rng, 1))
     schedule = dataclasses.replace(SCHEDULE, prediction_type=prediction_type)
-    state = create(params, optax.sgd(1.0), pool=empty_pool(ROWS, LATENT_SHAPE))
+    state = create(params, optax.sgd(1.0), trajectory_buffer=empty_buffer(ROWS, LATENT_SHAPE))
 
     def run(rounded, state, frozen):
         def apply(*args):
@@ -79,7 +80,8 @@ def loss_and_gradient(dtype, prediction_type):
             assert output.dtype == jnp.float32
             return jnp.where(rounded, output.astype(jnp.bfloat16).astype(jnp.float32), output)
 
-        after, metrics = make_train_step(apply, schedule, optax.sgd(1.0), config, LATENT_SHAPE)(state, frozen, batch)
+        context = DistillationContext(apply, schedule, config)
+        after, metrics = make_train_step(context, optax.sgd(1.0), LATENT_SHAPE)(state, frozen, batch)
         steps = jax.tree.map(lambda a, b: (a - b).ravel(), state.params, after.params)
         return metrics["loss"], jnp.concatenate(jax.tree.leaves(steps))
 

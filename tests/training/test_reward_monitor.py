@@ -9,14 +9,14 @@ import optax
 import pytest
 from small_runs import settings
 
-from mlcm_jax.config import validate
 from mlcm_jax.distillation.state import create
 from mlcm_jax.errors import UserError
 from mlcm_jax.training import loop
 from mlcm_jax.training.checkpoint import Checkpoints, latest_step
+from mlcm_jax.training.checks import validate
 from mlcm_jax.training.metrics import read_metrics
 from mlcm_jax.training.report import Known
-from mlcm_jax.training.reward_monitor import GuardWatch, stop_rule
+from mlcm_jax.training.reward_monitor import RewardMonitor, stop_rule
 
 NUM_STEPS, RATE = 60, 0.05
 KNOWN = Known(learning_rate=lambda step: RATE, flops=lambda step: 1.0)
@@ -30,14 +30,18 @@ def exploiting_step(state, _):
 
     value, gradient = jax.value_and_grad(loss)(state.params)
     params = jax.tree.map(lambda p, g: p - RATE * g, state.params, gradient)
-    metrics = {"loss": value, "preference_score": -value, "preference_guard": 1 - jnp.square(state.params["x"][0] - 1)}
+    metrics = {
+        "loss": value,
+        "preference_score": -value,
+        "preference_held_out": 1 - jnp.square(state.params["x"][0] - 1),
+    }
     return state.replace(step=state.step + 1, params=params), metrics
 
 
 def train(workdir, *, allowed, num_steps=NUM_STEPS, **values):
     values = {"keep_checkpoints": 20} | values
     config = settings(num_steps=num_steps, log_every=1, checkpoint_every=5, **values)
-    config.preference.stop_when_guard_falls = allowed
+    config.preference.stop_when_held_out_falls = allowed
     state = create({"x": jnp.zeros(1)}, optax.sgd(RATE))
     stop_fn = stop_rule(config, workdir / "metrics.jsonl")
     with closing(Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)) as checkpoints:
@@ -78,20 +82,20 @@ def test_a_run_without_an_early_checkpoint(tmp_path):
 
 def test_scores_that_fall_together_are_no_exploitation(tmp_path):
     """Nor does a scattered guard stop a run, or steps without the term."""
-    watch = GuardWatch(0.1, tmp_path / "none.jsonl")
+    watch = RewardMonitor(0.1, tmp_path / "none.jsonl")
     noise = np.random.default_rng(0).normal(scale=0.1, size=100)
     for step in range(100):
         assert watch(step, {"loss": 1.0}) is None
         fall = -0.01 * step
-        assert watch(step, {"preference_score": fall, "preference_guard": fall}) is None
-    watch = GuardWatch(0.1, tmp_path / "none.jsonl")
+        assert watch(step, {"preference_score": fall, "preference_held_out": fall}) is None
+    watch = RewardMonitor(0.1, tmp_path / "none.jsonl")
     for step in range(100):
-        assert watch(step, {"preference_score": 0.01 * step, "preference_guard": 0.5 + noise[step]}) is None
+        assert watch(step, {"preference_score": 0.01 * step, "preference_held_out": 0.5 + noise[step]}) is None
 
 
 def test_a_limit_needs_a_guard():
     config = settings(teacher="t", prompts="p")
     config.sample.prompts = "p"
-    config.preference.update({"weight": 1.0, "scorer": "clip=somewhere", "stop_when_guard_falls": 0.02})
-    with pytest.raises(UserError, match=r"stop_when_guard_falls needs config.preference.guard"):
+    config.preference.update({"weight": 1.0, "scorer": "clip=somewhere", "stop_when_held_out_falls": 0.02})
+    with pytest.raises(UserError, match=r"stop_when_held_out_falls needs config.preference.held_out_reward_model"):
         validate(config)

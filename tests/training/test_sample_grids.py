@@ -14,7 +14,7 @@ from mlcm_jax.hub.vae import load_vae
 from mlcm_jax.images import image_grid
 from mlcm_jax.sampling.conditioning import encode_prompts, unconditional
 from mlcm_jax.sampling.decode import decode
-from mlcm_jax.training.sample_grids import Viewer
+from mlcm_jax.training.sample_grids import SampleGrids
 from mlcm_jax.training.text_conditioning import Texts
 
 LATENTS = np.random.default_rng(0).standard_normal((3, 1, 16, 16, 4), np.float32)
@@ -29,11 +29,11 @@ def viewer(pipeline, preview_vae, monkeypatch):
     """Of a run whose teacher and student draw LATENTS."""
     config = settings()
     config.sample.update({"preview_vae": str(preview_vae), "steps": (1, 2)})
-    monkeypatch.setattr(Viewer, "reference", lambda self: LATENTS[0])
-    monkeypatch.setattr(Viewer, "student", lambda self, state, num_steps: LATENTS[num_steps])
+    monkeypatch.setattr(SampleGrids, "reference", lambda self: LATENTS[0])
+    monkeypatch.setattr(SampleGrids, "student", lambda self, state, num_steps: LATENTS[num_steps])
     program = SimpleNamespace(config=config, latent_shape=(16, 16, 4), image_size=32)
     texts = Texts(unconditional(pipeline, 1, 32), encode_prompts(pipeline, ["red heart"], 32))
-    return Viewer(program, pipeline, texts)
+    return SampleGrids(program, pipeline, texts)
 
 
 def test_grids_on_the_way_come_from_the_preview_autoencoder(pipeline, tmp_path, monkeypatch):

@@ -1,0 +1,55 @@
+"""What does not change from step to step: the denoisers, the noise schedule, the settings, the frozen networks."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from mlcm_jax.diffusion.guidance import guided_predict
+from mlcm_jax.diffusion.parameterization import predict_x0_eps
+from mlcm_jax.diffusion.schedule import Schedule
+from mlcm_jax.distillation.frozen_networks import FrozenNetworks
+from mlcm_jax.distillation.state import Frozen, student_variables
+from mlcm_jax.models.unet import guidance_embedding
+from mlcm_jax.types import Condition, Latents, Params, Timesteps
+
+# the denoiser's own prediction: (variables, latents, timesteps, conditioning, **flax's options)
+Apply = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationContext:
+    """What sources of states, targets, distances and losses may use.
+
+    apply: the denoiser. config: of one stage. networks: what the weights in ``Frozen.networks`` belong to.
+    student_apply: of a student that is conditioned on its guidance scale; it takes the scale's embedding as well.
+    """
+
+    apply: Apply
+    schedule: Schedule
+    config: ConfigDict
+    networks: FrozenNetworks = FrozenNetworks()  # noqa: RUF009  (frozen)
+    student_apply: Apply | None = None
+
+    def teacher_x0(self, frozen: Frozen, condition: Condition, z: Latents, t: Timesteps) -> Latents:
+        """The teacher's guided prediction of the clean latents, float32."""
+        predict = partial(self.apply, {"params": frozen.teacher})
+        unconditional = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(z), *a.shape[1:])), frozen.unconditional)
+        output = guided_predict(predict, z, t, condition.conditioning, unconditional, condition.guidance_scale)
+        return predict_x0_eps(self.schedule, output, z, t).x0
+
+    def student_x0(self, params: Params, frozen: Frozen, condition: Condition, z: Latents, t: Timesteps) -> Latents:
+        """The prediction of the clean latents, float32, by a student with the trained parameters ``params``."""
+        variables = student_variables(params, frozen.teacher, self.config)
+        return predict_x0_eps(self.schedule, self.student_output(variables, z, t, condition), z, t).x0
+
+    def student_output(self, variables: Params, z: Latents, t: Timesteps, condition: Condition) -> Latents:
+        """The output of the student, or of a network like it, conditioned on its guidance scale or not."""
+        if not self.config.guidance_embedding_dim:
+            return self.apply(variables, z, t, condition.conditioning)
+        embedding = guidance_embedding(condition.guidance_scale, self.config.guidance_embedding_dim)
+        return cast(Apply, self.student_apply)(variables, z, t, condition.conditioning, embedding)

@@ -1,0 +1,40 @@
+"""The consistency loss: the student's answer for a state against the target a short teacher step on."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from ml_collections import ConfigDict
+
+from mlcm_jax.distillation import distances
+from mlcm_jax.distillation.distances import DISTANCES, Answers
+from mlcm_jax.distillation.frozen_networks import Load
+from mlcm_jax.distillation.losses.base import Loss, LossInputs
+from mlcm_jax.distillation.targets import TARGETS
+from mlcm_jax.hub.pipeline import Pipeline
+
+
+class Consistency(Loss):
+    """Multistep latent consistency distillation (arXiv 2406.05768); always computed, so that it is always reported."""
+
+    name: ClassVar[str] = "consistency"
+    at_every_timestep: ClassVar[bool] = True
+
+    @classmethod
+    def is_active(cls, config: ConfigDict) -> bool:
+        return True
+
+    @classmethod
+    def check(cls, config: ConfigDict) -> None:
+        super().check(config)
+        distances.check(config)
+
+    @classmethod
+    def networks(cls, config: ConfigDict, architecture: Pipeline) -> Mapping[str, Load]:
+        return DISTANCES[config.distance].networks(config, architecture)
+
+    def __call__(self, critic, inputs: LossInputs):
+        config, examples = self.context.config, inputs.examples
+        consistency_function = TARGETS[config.target].consistency_function
+        prediction = consistency_function(self.context.schedule, examples.z, inputs.x0, examples.t, examples.boundary)
+        answers = Answers(prediction, examples.target, examples.t, examples.boundary)
+        return DISTANCES[config.distance].measure(self.context, answers, inputs.frozen.networks).mean(), {}
