@@ -97,8 +97,8 @@ class Conditioning(NamedTuple):
     time_ids: torch.Tensor
 
 
-class Rows(NamedTuple):
-    """Inputs of a step, channels-first: solver steps since pure noise, that noise, a timestep in the next state's segment."""
+class StepInputs(NamedTuple):
+    """Inputs of a step, channels-first: steps since noise, that noise, a timestep in the next state's segment."""
 
     conditioning: Conditioning
     trajectory_step: torch.Tensor
@@ -121,22 +121,22 @@ def to_conditioning(conditioning: Any, device: Any, dtype: torch.dtype) -> Condi
     return Conditioning(hidden_states.to(dtype), pooled.to(dtype), time_ids)
 
 
-def make_rows(batch: Any, draws: dict[str, np.ndarray], device: Any, dtype: torch.dtype) -> Rows:
+def make_rows(batch: Any, draws: dict[str, np.ndarray], device: Any, dtype: torch.dtype) -> StepInputs:
     """From a types.Batch and workload.draws_at."""
     noise = to_torch(draws["noise"], device).permute(0, 3, 1, 2).contiguous()
     numbers = (to_torch(a, device) for a in (batch.trajectory_step, batch.guidance_scale))
     trajectory_step, guidance_scale = numbers
     next_timesteps = to_torch(draws["next_timesteps"], device)
-    return Rows(
+    return StepInputs(
         to_conditioning(batch.conditioning, device, dtype), trajectory_step, guidance_scale, noise, next_timesteps
     )
 
 
 class TrainStep:
-    """One update with streamed states (mlcm_jax/distillation/states.py): call it with the rows of a step, get the loss.
+    """One update with streamed states (distillation/states/streaming.py): call it with a step's inputs, get the loss.
 
-    The teacher's guided prediction gives the short step to t_n and the jump to the row's next state; the student is
-    compared with itself at t_n, at the end of the segment. ``evaluations`` counts rows that the UNets were called with.
+    The teacher's guided prediction gives the short step to t_n and the step to the example's next state; the student is
+    compared with itself at t_n, at the end of the segment. ``evaluations`` counts what the UNets were called with.
     """
 
     def __init__(self, teacher, student, alphas_cumprod, unconditional: Conditioning, config: ConfigDict):
@@ -181,33 +181,33 @@ class TrainStep:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             return unet(z.to(dtype), t, c.hidden_states, added_cond_kwargs=added).sample
 
-    def _teacher_x0(self, rows: Rows, z, t):
-        pairs = zip(self.unconditional, rows.conditioning, strict=True)
+    def _teacher_x0(self, inputs: StepInputs, z, t):
+        pairs = zip(self.unconditional, inputs.conditioning, strict=True)
         both = Conditioning(*(torch.cat([no.expand(len(z), *no.shape[1:]), yes]) for no, yes in pairs))
         uncond, cond = self._predict(self.teacher, torch.cat([z, z]), torch.cat([t, t]), both).float().chunk(2)
-        return self._x0(uncond + rows.guidance_scale[:, None, None, None] * (cond - uncond), z, t)
+        return self._x0(uncond + inputs.guidance_scale[:, None, None, None] * (cond - uncond), z, t)
 
-    def _jump(self, rows: Rows, z, t, edge):
-        return self._ddim(z, self._x0(self._predict(self.student, z, t, rows.conditioning), z, t), t, edge)
+    def _answer(self, inputs: StepInputs, z, t, boundary):
+        return self._ddim(z, self._x0(self._predict(self.student, z, t, inputs.conditioning), z, t), t, boundary)
 
     @torch.no_grad()
-    def _states(self, rows: Rows):
-        z, t = self.trajectory_buffer or (rows.noise, torch.full_like(rows.trajectory_step, LAST_TIMESTEP))
-        fresh = rows.trajectory_step == 0
+    def _states(self, inputs: StepInputs):
+        z, t = self.trajectory_buffer or (inputs.noise, torch.full_like(inputs.trajectory_step, LAST_TIMESTEP))
+        fresh = inputs.trajectory_step == 0
         t = torch.where(fresh, LAST_TIMESTEP, t)
-        z = torch.where(fresh[:, None, None, None], rows.noise, z)
-        edge = self.boundaries[(rows.trajectory_step - 1).clamp(min=0) + 1]
-        t_n = torch.maximum(t - self.config.skip, edge)
-        x0 = self._teacher_x0(rows, z, t)
-        t_next = torch.minimum(rows.next_timesteps, t - 1)
+        z = torch.where(fresh[:, None, None, None], inputs.noise, z)
+        boundary = self.boundaries[(inputs.trajectory_step - 1).clamp(min=0) + 1]
+        t_n = torch.maximum(t - self.config.skip, boundary)
+        x0 = self._teacher_x0(inputs, z, t)
+        t_next = torch.minimum(inputs.next_timesteps, t - 1)
         self.trajectory_buffer = (self._ddim(z, x0, t, t_next), t_next)
         z_n = self._ddim(z, x0, t, t_n)
-        at_edge = (t_n == edge)[:, None, None, None]
-        return z, t, edge, torch.where(at_edge, z_n, self._jump(rows, z_n, t_n, edge))
+        at_boundary = (t_n == boundary)[:, None, None, None]
+        return z, t, boundary, torch.where(at_boundary, z_n, self._answer(inputs, z_n, t_n, boundary))
 
-    def __call__(self, rows: Rows) -> torch.Tensor:
-        z, t, edge, target = self._states(rows)
-        loss = (self._jump(rows, z, t, edge) - target).square().mean()  # t is never at the edge
+    def __call__(self, inputs: StepInputs) -> torch.Tensor:
+        z, t, boundary, target = self._states(inputs)
+        loss = (self._answer(inputs, z, t, boundary) - target).square().mean()  # t is never at the boundary
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, self.config.optim.clip_norm)

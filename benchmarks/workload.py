@@ -65,7 +65,7 @@ def architecture_folder(model: str, scratch: Path) -> Path:
 def step_settings(
     folder: Path, trainable: str, batch_size: int, dtype: str, *, remat: bool = False, rank: int = 64
 ) -> ConfigDict:
-    """MLCM's stage 1 as ``config.base`` has it: streamed states, M = 8, skip 20, target at the segment's edge."""
+    """MLCM's stage 1 as ``config.base`` has it: streamed states, M = 8, skip 20, target at the segment's boundary."""
     config = base()
     config.update({"teacher": str(folder), "trainable": trainable, "batch_size": batch_size, "remat": remat})
     config.update({"compute_dtype": dtype, "frozen_dtype": dtype, "attention": "auto"})

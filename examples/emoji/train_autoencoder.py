@@ -27,7 +27,7 @@ CONFIG = config_flag(AUTOENCODER)
 KL_WEIGHT = 1e-6
 
 
-def boundaries(images):
+def edges(images):
     """Differences between neighbours, down and across: an error here is a blurred outline."""
     return images[:, 1:] - images[:, :-1], images[:, :, 1:] - images[:, :, :-1]
 
@@ -41,7 +41,7 @@ def make_loss(model: AutoencoderKL):
         latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
         recon = model.apply({"params": params}, latents, method="decode")
         pixel = jnp.abs(recon - images).mean()
-        edge = sum(jnp.abs(a - b).mean() for a, b in zip(boundaries(recon), boundaries(images), strict=True))
+        edge = sum(jnp.abs(a - b).mean() for a, b in zip(edges(recon), edges(images), strict=True))
         kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar).sum(axis=(1, 2, 3)).mean()
         mse = jnp.square(jnp.clip(recon, -1, 1) - images).mean()
         return pixel + edge + KL_WEIGHT * kl, {"psnr": 10 * jnp.log10(4.0 / mse), "kl": kl}
