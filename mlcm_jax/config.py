@@ -75,7 +75,7 @@ def base() -> ConfigDict:
     config.negative_prompt = ""  # for the teacher's unconditional branch; "": what its pipeline does without one
     config.target = "boundary"  # where answers are compared: at the segment's lower boundary, or x0
     config.target_network = "student"  # whose answer is the target: student, or ema (needs ema_decay)
-    config.distance = "l2"  # between the two: l2, pseudo_huber or latent_lpips
+    config.distance = "l2"  # between the two: l2, pseudo_huber, latent_lpips or x0_norm (MCM's)
     config.latent_lpips = ""  # folder of launch/train_lpips.py, for latent_lpips
     config.trainable = "full"  # full: all weights of the UNet; lora: low-rank factors beside the frozen teacher
     config.lora = ConfigDict()

@@ -6,9 +6,15 @@ from mlcm_jax.distillation.distances.base import Answers, Distance
 from mlcm_jax.distillation.distances.l2 import L2, l2
 from mlcm_jax.distillation.distances.latent_lpips import LATENT_LPIPS
 from mlcm_jax.distillation.distances.pseudo_huber import PSEUDO_HUBER, pseudo_huber
+from mlcm_jax.distillation.distances.x0_norm import X0_NORM
 from mlcm_jax.rules import check_rules, one_of
 
-DISTANCES: dict[str, Distance] = {"l2": L2, "pseudo_huber": PSEUDO_HUBER, "latent_lpips": LATENT_LPIPS}
+DISTANCES: dict[str, Distance] = {
+    "l2": L2,
+    "pseudo_huber": PSEUDO_HUBER,
+    "latent_lpips": LATENT_LPIPS,
+    "x0_norm": X0_NORM,
+}
 
 __all__ = ["DISTANCES", "Answers", "Distance", "check", "l2", "pseudo_huber"]
 
