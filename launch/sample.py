@@ -1,7 +1,7 @@
-"""Draw pictures with any diffusers folder: python launch/sample.py --model=DIR --prompt="red heart, noto style".
+"""Make images with any diffusers folder: python launch/sample.py --model=DIR --prompt="red heart, noto style".
 
-The folder's own scheduler decides the sampler. Several pictures (several --prompt, or several latents in --latents)
-come as one grid. Without --model the shipped emoji student draws, and without --prompt, too, a grid of its own.
+The folder's own scheduler decides the sampler. Several images (several --prompt, or several latents in --latents) come
+as one grid. Without --model the shipped emoji student is taken, and without --prompt, too, its example captions.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from PIL import Image
 from mlcm_jax.cli import run_main
 from mlcm_jax.data.npy import read_npy
 from mlcm_jax.data.prompts import read_prompts
-from mlcm_jax.diffusion.samplers import SAMPLERS, step_table
+from mlcm_jax.diffusion.samplers import SAMPLERS
 from mlcm_jax.diffusion.scheduler_config import of_class
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.lora import parse_lora, with_loras
@@ -25,17 +25,16 @@ from mlcm_jax.hub.vae import load_vae
 from mlcm_jax.images import image_grid
 from mlcm_jax.model_flags import MODEL, load_model
 from mlcm_jax.models.attention_backend import BACKENDS, AttentionBackend
-from mlcm_jax.rng import MAX_SEED, seed_key
-from mlcm_jax.sampling.conditioning import encode_prompts, unconditional
-from mlcm_jax.sampling.decode import TILING, decode, in_tiles
-from mlcm_jax.sampling.sample import default_guidance_scale, draw_noise, sample_latents
+from mlcm_jax.rng import MAX_SEED
+from mlcm_jax.sampling.decode import TILING
+from mlcm_jax.sampling.text_to_image import TextToImage
 
 LORA = flags.DEFINE_multi_string(
-    "lora", None, "LoRA to draw with, PLACE or PLACE:SCALE; give it again for more. A folder brings its sampler along."
+    "lora", None, "LoRA, PLACE or PLACE:SCALE; give it again for more. A folder brings its sampler along."
 )
 VAE = flags.DEFINE_string("vae", None, "Folder of an autoencoder to decode with in place of the model's own.")
 TEXT = flags.DEFINE_string("text", None, "Folder of text encoders and tokenizers to use in place of the model's own.")
-PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; give it again for more pictures.")
+PROMPT = flags.DEFINE_multi_string("prompt", None, "Give it again for more images.")
 STEPS = flags.DEFINE_integer("steps", 4, "Sampling steps.")
 SCHEDULER = flags.DEFINE_enum("scheduler", None, list(SAMPLERS), "In place of the model's own, from its settings.")
 ETA = flags.DEFINE_float("eta", 0.0, "TCDScheduler: part of fresh noise at each step, 0 (none) to 1.")
@@ -46,10 +45,10 @@ LATENTS = flags.DEFINE_string("latents", None, "Initial noise, .npy, float32 [N,
 SAVE_LATENTS = flags.DEFINE_string("save_latents", None, "Where to write the initial noise, .npy.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the UNet's and text encoders' arithmetic.")
 ATTENTION = flags.DEFINE_enum("attention", "auto", BACKENDS, "How the UNet computes attention.")
-VAE_TILING = flags.DEFINE_enum("vae_tiling", "auto", TILING, "Decode in tiles; auto: pictures larger than 1024 px.")
-OUT = flags.DEFINE_string("out", "sample.png", "The picture.")
+VAE_TILING = flags.DEFINE_enum("vae_tiling", "auto", TILING, "Decode in tiles; auto: images larger than 1024 px.")
+OUT = flags.DEFINE_string("out", "sample.png", "The image, or a grid of them.")
 
-EMOJI = Path("examples/emoji")  # what draws where no model is named: the teacher there with the student's LoRA
+EMOJI = Path("examples/emoji")  # where no model is named: the teacher there with the student's LoRA
 flags.set_default(MODEL, str(EMOJI / "teacher"))
 
 
@@ -62,31 +61,20 @@ def asked_prompts() -> list[str]:
     if PROMPT.value:
         return PROMPT.value
     if named_model():
-        raise UserError("There is nothing to draw: say what with --prompt.")
+        raise UserError("There is no prompt: give one with --prompt.")
     return read_prompts(EMOJI / "prompts" / "grid.txt")
 
 
-def initial_noise(pipeline: Pipeline, num_prompts: int) -> jax.Array:
-    """Noise [N, h, w, c] from --latents or --seed."""
-    unet, downscale = pipeline.unet.config, pipeline.downscale
-    channels = unet.get("in_channels", 4)
-    if LATENTS.value is None:
-        multiple = downscale * 2 ** (len(unet["block_out_channels"]) - 1)
-        if IMAGE_SIZE.value < 0 or IMAGE_SIZE.value % multiple:
-            raise UserError(f"--image_size={IMAGE_SIZE.value} does not fit this model: use a multiple of {multiple}.")
-        side = IMAGE_SIZE.value // downscale
-        size = (side, side) if side else pipeline.latent_size
-        return draw_noise(SEED.value, num_prompts, (*size, channels))
-    latents = read_npy(LATENTS.value)
+def given_noise(pipeline: Pipeline, num_prompts: int) -> jax.Array:
+    """Noise [N, h, w, c] of --latents; raises UserError for an array that does not fit the model or the prompts."""
+    channels, latents = pipeline.unet.config.get("in_channels", 4), read_npy(str(LATENTS.value))
     if latents.ndim != 4 or latents.shape[1] != channels or latents.dtype != np.float32:
         raise UserError(
             f"--latents={LATENTS.value} holds {latents.dtype} {list(latents.shape)}: it must be float32 "
             f"[N, {channels}, h, w]."
         )
     if num_prompts not in (1, len(latents)):
-        raise UserError(
-            f"--latents={LATENTS.value} is for {len(latents)} pictures, and there are {num_prompts} prompts."
-        )
+        raise UserError(f"--latents={LATENTS.value} is for {len(latents)} images, and there are {num_prompts} prompts.")
     return jnp.asarray(latents.transpose(0, 2, 3, 1))
 
 
@@ -100,33 +88,31 @@ def main():
     pipeline = with_loras(pipeline, LORA.value or ([] if named_model() else [str(EMOJI / "student")]))
     if SCHEDULER.value:
         pipeline = pipeline.with_scheduler(of_class(pipeline.scheduler_config, SCHEDULER.value))
-    scheduler_config = pipeline.scheduler_config
     pipeline = pipeline.with_attention(AttentionBackend(ATTENTION.value))
-    vae = load_vae(VAE.value, pipeline, dtype=jnp.dtype(DTYPE.value)) if VAE.value else pipeline.vae
-    step_table(scheduler_config, STEPS.value, ETA.value)  # answers a mistake before anything is compiled
-    noise = initial_noise(pipeline, len(prompts))
-    n, height, _, _ = noise.shape
+    if VAE.value:
+        vae = load_vae(VAE.value, pipeline, dtype=jnp.dtype(DTYPE.value))
+        pipeline = dataclasses.replace(pipeline, vae=vae)
+    sampler = TextToImage(pipeline)
+    if LATENTS.value is None:
+        noise = sampler.noise(len(prompts), seed=SEED.value, image_size=IMAGE_SIZE.value)
+    else:
+        noise = given_noise(pipeline, len(prompts))
     if SAVE_LATENTS.value:
         np.save(SAVE_LATENTS.value, np.asarray(noise).transpose(0, 3, 1, 2))
-    in_tiles(vae, noise, VAE_TILING.value)  # answers a mistake, too
-    image_size = height * pipeline.downscale
-    prompts = prompts if len(prompts) == n else prompts * n
-    latents = sample_latents(
-        pipeline.unet,
-        scheduler_config,
-        noise,
-        encode_prompts(pipeline, prompts, image_size),
-        unconditional(pipeline, n, image_size),
-        guidance_scale=default_guidance_scale(pipeline) if GUIDANCE_SCALE.value is None else GUIDANCE_SCALE.value,
+    images = sampler(
+        prompts,
         num_steps=STEPS.value,
-        rng=jax.random.fold_in(seed_key(SEED.value), 1),
+        guidance_scale=GUIDANCE_SCALE.value,
+        seed=SEED.value,
+        latents=noise,
         eta=ETA.value,
+        vae_tiling=VAE_TILING.value,
     )
-    images = decode(vae, latents, VAE_TILING.value)
+    n = len(images)
     out = Path(OUT.value)
     out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(images[0] if n == 1 else image_grid(images, columns=min(n, 8))).save(out)
-    print(f"{out}: {n} picture{'s' if n > 1 else ''}, {STEPS.value} steps of {scheduler_config['_class_name']}")
+    print(f"{out}: {n} image{'s' if n > 1 else ''}, {STEPS.value} steps of {pipeline.scheduler_config['_class_name']}")
 
 
 if __name__ == "__main__":

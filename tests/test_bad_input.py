@@ -65,7 +65,7 @@ def test_sample(launch, files, sdxl_folder, tmp_path, mistake):
 
 
 def test_sample_of_a_model_without_a_prompt(launch, sdxl_folder):
-    assert_one_sentence(launch("sample", f"--model={sdxl_folder}"), "nothing to draw", "--prompt")
+    assert_one_sentence(launch("sample", f"--model={sdxl_folder}"), "no prompt", "--prompt")
 
 
 TRAIN = {

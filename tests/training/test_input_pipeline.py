@@ -15,7 +15,8 @@ from mlcm_jax.data.text_states import States, TextStates, TextStatesWriter
 from mlcm_jax.distillation.frozen_networks import FrozenNetworks
 from mlcm_jax.distillation.state import Frozen
 from mlcm_jax.errors import UserError
-from mlcm_jax.hub.pipeline import TEXT_ENCODERS, conditioning_shapes, load_pipeline, read_architecture
+from mlcm_jax.hub.model_index import TEXT_ENCODERS
+from mlcm_jax.hub.pipeline import conditioning_shapes, load_pipeline, read_architecture
 from mlcm_jax.parallel.sharding import batch_sharding, make_mesh
 from mlcm_jax.sampling.conditioning import encode_prompts
 from mlcm_jax.training import input_pipeline

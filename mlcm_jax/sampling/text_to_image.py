@@ -1,0 +1,77 @@
+"""From prompts to images in one call, for programs and notebooks."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+
+from mlcm_jax.diffusion.samplers import step_table
+from mlcm_jax.errors import UserError
+from mlcm_jax.hub.pipeline import Pipeline
+from mlcm_jax.rng import seed_key
+from mlcm_jax.sampling.conditioning import encode_prompts, unconditional
+from mlcm_jax.sampling.decode import decode, in_tiles
+from mlcm_jax.sampling.sample import default_guidance_scale, draw_noise, sample_latents
+from mlcm_jax.types import Latents
+
+SAMPLER_STREAM = 1  # of the noise that a sampler adds, beside the streams of images
+
+
+@dataclasses.dataclass(frozen=True)
+class TextToImage:
+    """A pipeline as a function: ``TextToImage(pipeline)(["red heart"], num_steps=4, seed=0)``."""
+
+    pipeline: Pipeline
+
+    def noise(self, n: int, *, seed: int = 0, image_size: int = 0) -> Latents:
+        """The initial noise of n images of ``image_size`` pixels (0: what the UNet was made for).
+
+        Raises UserError for a size that the networks cannot take.
+        """
+        unet, downscale = self.pipeline.unet.config, self.pipeline.downscale
+        multiple = downscale * 2 ** (len(unet["block_out_channels"]) - 1)
+        if image_size < 0 or image_size % multiple:
+            raise UserError(f"image_size={image_size} does not fit this model: use a multiple of {multiple}.")
+        side = image_size // downscale
+        size = (side, side) if side else self.pipeline.latent_size
+        return draw_noise(seed, n, (*size, unet.get("in_channels", 4)))
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        num_steps: int = 4,
+        guidance_scale: float | None = None,
+        seed: int = 0,
+        image_size: int = 0,
+        latents: Latents | None = None,
+        eta: float = 0.0,
+        vae_tiling: str = "auto",
+    ) -> UInt8[np.ndarray, "n H W 3"]:
+        """An image of each prompt, by the pipeline's own scheduler.
+
+        guidance_scale: None takes the scheduler's usual one: 1 for students, 5 for teachers. latents: initial noise,
+        scaled to unit variance, instead of that of ``seed`` and ``image_size``; one prompt serves all of it.
+        eta: 0 to 1, the noise that TCDScheduler adds. vae_tiling: as ``decode`` takes it.
+        Raises UserError, before anything is compiled, for a number of steps or a size that cannot work.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        pipeline = self.pipeline
+        step_table(pipeline.scheduler_config, num_steps, eta)
+        noise = self.noise(len(prompts), seed=seed, image_size=image_size) if latents is None else latents
+        in_tiles(pipeline.vae, noise, vae_tiling)
+        size, n = noise.shape[1] * pipeline.downscale, len(noise)
+        sampled = sample_latents(
+            pipeline.unet,
+            pipeline.scheduler_config,
+            noise,
+            encode_prompts(pipeline, prompts if len(prompts) == n else prompts * n, size),
+            unconditional(pipeline, n, size),
+            guidance_scale=default_guidance_scale(pipeline) if guidance_scale is None else guidance_scale,
+            num_steps=num_steps,
+            rng=jax.random.fold_in(seed_key(seed), SAMPLER_STREAM),
+            eta=eta,
+        )
+        return decode(pipeline.vae, sampled, vae_tiling)
