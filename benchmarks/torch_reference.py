@@ -15,7 +15,8 @@ import torch
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from mlcm_jax.distillation.segments import LAST_TIMESTEP
+from mlcm_jax.diffusion.scheduler_config import LAST_TIMESTEP
+from mlcm_jax.distillation.segments import boundaries
 from mlcm_jax.hub import names
 from mlcm_jax.models.lora import target_modules
 from mlcm_jax.types import Params

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlcm_jax.diffusion.schedule import Schedule
+from mlcm_jax.diffusion.scheduler_config import LAST_TIMESTEP
 from mlcm_jax.diffusion.solvers import SOLVERS, ddim_step
-from mlcm_jax.distillation.segments import LAST_TIMESTEP, draw_timesteps, segment_boundaries, short_step
+from mlcm_jax.distillation.segments import draw_timesteps, segment_boundaries, short_step
 from mlcm_jax.distillation.trajectory import integrate, trajectory_timesteps
 
 pytestmark = pytest.mark.usefixtures("strict_arrays")

@@ -12,7 +12,7 @@ import torch
 from tiny_models import randomise, tiny_vae
 from torch_weights import assert_close, channels_first, channels_last
 
-import mlcm_jax.sampling.sample
+import mlcm_jax.sampling.decode
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import load_network, load_pipeline
 from mlcm_jax.hub.vae import load_vae
@@ -68,13 +68,13 @@ def test_tiles_of_a_decoder_without_context_are_the_whole(vae):
 def test_pictures_of_a_batch_are_one_program_and_uint8_when_they_are_fetched(vae, monkeypatch):
     latents = np.random.default_rng(0).standard_normal((3, 4, 4, 4), np.float32)
     one_by_one = np.concatenate([decode(vae, latents[i : i + 1]) for i in range(3)])
-    calls, run = [], mlcm_jax.sampling.sample.decoding_program
+    calls, run = [], mlcm_jax.sampling.decode.decoding_program
 
     def counted(*args):
         calls.append(run(*args))
         return calls[-1]
 
-    monkeypatch.setattr(mlcm_jax.sampling.sample, "decoding_program", counted)
+    monkeypatch.setattr(mlcm_jax.sampling.decode, "decoding_program", counted)
     images = decode(vae, latents)
     np.testing.assert_array_equal(images, one_by_one)
     (on_device,) = calls

@@ -274,7 +274,6 @@ def test_many_steps_find_the_gaussian_data(name):
         (with_class(SDXL, "LCMScheduler"), {}, "pass rng"),
         (SD21, {"eta": 0.5}, "DDIMScheduler with eta=0.5"),
         (CONFIGS["tcd"], {"eta": 1.5}, "eta=1.5"),
-        (SDXL, {"guidance_scale": 5.0}, "unconditional"),
     ],
 )
 def test_what_cannot_be_sampled_is_named(config, arguments, words):

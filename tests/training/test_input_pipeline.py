@@ -100,10 +100,13 @@ def test_a_pipeline_that_begins_in_the_middle_gives_the_same_bits(program, pipel
 
 
 def test_a_streamed_prompt_is_encoded_once(program, pipeline, monkeypatch):
-    encode, rows = input_pipeline.encode_tokens, []
-    monkeypatch.setattr(
-        input_pipeline, "encode_tokens", lambda p, tokens, s: rows.append(len(tokens[0])) or encode(p, tokens, s)
-    )
+    encode, counts = input_pipeline.encode_tokens, []
+
+    def counted(pipeline, tokens, sharding):
+        counts.append(len(tokens[0]))
+        return encode(pipeline, tokens, sharding)
+
+    monkeypatch.setattr(input_pipeline, "encode_tokens", counted)
     with closing(InputPipeline(program, pipeline, PROMPTS)) as batches_of:
         for step in range(NUM_STEPS):
             batch = batches_of(step).batch

@@ -9,6 +9,7 @@ from PIL import Image
 from small_runs import SCHEDULE, settings
 from toy_denoiser import LATENT_SHAPE, toy_apply, toy_batch, toy_conditioning, toy_params, toy_state
 
+from mlcm_jax.distillation.context import DistillationContext
 from mlcm_jax.distillation.frozen_networks import FrozenNetwork, FrozenNetworks
 from mlcm_jax.distillation.losses import read_frozen_networks
 from mlcm_jax.distillation.state import Frozen

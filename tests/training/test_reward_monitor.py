@@ -55,7 +55,7 @@ def test_an_exploiting_run_goes_back(tmp_path, capfd):
     stopped = read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]
     assert 30 < stopped < NUM_STEPS
     assert (
-        f"Stopped at step {stopped}: the guard's score fell by more than 0.1 below its best" in capfd.readouterr().out
+        f"Stopped at step {stopped}: the held-out score fell by more than 0.1 below its best" in capfd.readouterr().out
     )
     kept = int(state.step)
     assert kept == latest_step(tmp_path / "checkpoints") and 15 <= kept < stopped
