@@ -4,6 +4,7 @@ The folder's own scheduler decides the sampler. Several images (several --prompt
 as one grid. Without --model the shipped emoji student is taken, and without --prompt, too, its example captions.
 """
 
+import dataclasses
 from pathlib import Path
 
 import jax

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from function_sampler import sample
 from one_sentence import assert_one_sentence
 
-from mlcm_jax.diffusion.denoise import sample
 from mlcm_jax.diffusion.scheduler_config import of_class
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.lora import save_lora, with_loras

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mlcm_jax.config import LORA_TARGETS
 from mlcm_jax.errors import UserError
 from mlcm_jax.models import lora
 from mlcm_jax.models.layers import Conv, Dense
@@ -111,7 +112,7 @@ def test_mistakes(params, kwargs, message):
 
 
 def test_default_targets_select_the_layers_of_peft_recipes(params):
-    assert json.dumps(lora.UNET_TARGETS)  # a config file can hold them
+    assert json.dumps(LORA_TARGETS)  # a config file can hold them
     paths = ("a/to_q", "a/attn1/to_out_0", "a/proj_in", "b/ff/net_0/proj", "b/ff/net_2", "r/conv1", "r/conv_shortcut")
     paths += ("r/time_emb_proj", "d/downsamplers_0/conv", "d/upsamplers_0/conv")
     others = ("conv_in", "conv_out", "time_embedding/linear_1", "add_embedding/linear_2")
@@ -122,5 +123,5 @@ def test_default_targets_select_the_layers_of_peft_recipes(params):
         for part in outer:
             node = node.setdefault(part, {})
         node[name] = {"kernel": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
-    selected = lora.target_modules(tree, lora.UNET_TARGETS)
+    selected = lora.target_modules(tree, LORA_TARGETS)
     assert {"/".join(p) for p in selected} == set(paths)

@@ -11,6 +11,7 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from mlcm_jax.config import SHARDING_RULES
 from mlcm_jax.distillation import state as train_state
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import network_shapes
@@ -39,7 +40,7 @@ def tree_of(**shapes):
     return tree
 
 
-def spec(mesh, path, shape, rules=sharding.RULES):
+def spec(mesh, path, shape, rules=SHARDING_RULES):
     """The PartitionSpec of one array as a tuple with one entry a dimension."""
     (leaf,) = jax.tree.leaves(sharding.param_shardings(tree_of(**{path: shape}), mesh, rules, min_size=1))
     return tuple(leaf.spec) + (None,) * (len(shape) - len(leaf.spec))

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 from analytic import GaussianTeacher
+from function_sampler import sample
 from scheduler_configs import PUBLISHED, SD15, SD21, SDXL, with_class
 
-from mlcm_jax.diffusion.denoise import denoise, noise_rng
-from mlcm_jax.diffusion.guidance import guided_predict
 from mlcm_jax.diffusion.parameterization import predict_x0_eps
 from mlcm_jax.diffusion.samplers import SAMPLERS, step_table
 from mlcm_jax.diffusion.schedule import Schedule
@@ -23,18 +22,6 @@ pytestmark = pytest.mark.usefixtures("strict_arrays")
 NOISE = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
 COND, UNCOND = jnp.array([0.3, -0.2]), jnp.zeros(2)
 KEY = jax.random.key(7)
-
-
-def sample(predict, config, latents, conditioning, unconditional, guidance_scale, num_steps, rng=None, *, eta=0.0):
-    """As sampling.sample.sample_latents does it, for a function in the network's place."""
-    table = step_table(config, num_steps, eta)
-
-    def network(x, timesteps):
-        if guidance_scale > 1:
-            return guided_predict(predict, x, timesteps, conditioning, unconditional, guidance_scale)
-        return predict(x, timesteps, conditioning)
-
-    return denoise(network, table.prediction_type, table.arrays, latents, noise_rng(table, rng))
 
 
 def predict(z, t, conditioning):
