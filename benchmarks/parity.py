@@ -85,7 +85,7 @@ def read_config(source: str | dict[str, Any]) -> dict[str, Any]:
 
 
 def make_inputs(class_name: str, config: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The same numbers for both sides; pictures are channels-last."""
+    """The same numbers for both sides; images are channels-last."""
     rng = np.random.default_rng(0)
 
     def normal(*shape):

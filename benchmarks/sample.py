@@ -1,6 +1,6 @@
 """Sampling in a few steps, with decoding, against the same in PyTorch and diffusers: python benchmarks/sample.py.
 
-A distilled model's sampler: TCDScheduler's steps without guidance, from noise to uint8 pictures on the host, decoded
+A distilled model's sampler: TCDScheduler's steps without guidance, from noise to uint8 images on the host, decoded
 one at a time (ours within one program). Text encoders are left out. Random weights, made on the device; ratios as in
 train_step.py.
 """
@@ -28,9 +28,9 @@ from mlcm_jax.training.export import student_scheduler_config
 from mlcm_jax.training.flops import count_flops
 
 STEPS = flags.DEFINE_list("steps", ["1", "2", "4", "8"], "Numbers of sampling steps.")
-BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Pictures at once.")
+BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Images at once.")
 
-# Largest difference of the pictures, 0..255: the rounding to whole numbers may fall to either side.
+# Largest difference of the images, 0..255: the rounding to whole numbers may fall to either side.
 TOLERANCE = 1
 
 
@@ -59,7 +59,7 @@ def compile_programs(pipeline: Pipeline, batch_size: int, dtype: str) -> dict[st
 
 
 def draw(unet: Network, vae: Network, scheduler_config: dict[str, Any], noise, conditioning, num_steps: int):
-    """uint8 pictures, as launch/sample.py draws them."""
+    """uint8 images, as launch/sample.py draws them."""
     settings = {"guidance_scale": 1.0, "num_steps": num_steps}
     with timing.same_precision(jnp.dtype(unet.module.dtype).name):
         latents = sample_latents(unet, scheduler_config, noise, conditioning, conditioning, **settings)
@@ -118,8 +118,8 @@ def torch_samplers(folder: Path, pipeline: Pipeline, sides: dict[str, bool]) -> 
     return {name: functools.cache(functools.partial(make, compiled=compiled)) for name, compiled in sides.items()}
 
 
-def picture_difference(folder: Path, pipeline: Pipeline, num_steps: int = 4) -> int:
-    """Largest difference of two pictures, ours and torch's, from equal weights and noise, float32."""
+def image_difference(folder: Path, pipeline: Pipeline, num_steps: int = 4) -> int:
+    """Largest difference of two images, ours and torch's, from equal weights and noise, float32."""
     import torch_reference as reference
 
     unet, vae = (random_network(n, jnp.float32) for n in (pipeline.unet, pipeline.vae))
@@ -139,10 +139,10 @@ def picture_difference(folder: Path, pipeline: Pipeline, num_steps: int = 4) -> 
 
 
 def check(model: str, dtype: str, scratch: Path) -> int:
-    """``picture_difference`` of the model, or, where that is large or not float32, of SDXL's architecture in small."""
+    """``image_difference`` of the model, or, where that is large or not float32, of SDXL's architecture in small."""
     model = model if model != "sdxl" and dtype == "float32" else "small"
     pipeline = workload.describe(model, scratch, "float32")
-    return picture_difference(workload.architecture_folder(model, scratch), pipeline)
+    return image_difference(workload.architecture_folder(model, scratch), pipeline)
 
 
 def our_run(pipeline: Pipeline, networks: Any, batch_size: int, num_steps: int):
@@ -194,10 +194,10 @@ def main(argv):
             report.add_row(measure(pipeline, networks, batch_size, num_steps, flops(batch_size), theirs, deadline))
         if not missing:
             difference = check(MODEL.value, DTYPE.value, scratch)
-            report.notes["largest difference of the pictures, of 255"] = difference
+            report.notes["largest difference of the images, of 255"] = difference
     print(report.write())
     if difference > TOLERANCE:
-        raise SystemExit(f"The pictures differ by {difference} of 255: the two sides did not do the same work.")
+        raise SystemExit(f"The images differ by {difference} of 255: the two sides did not do the same work.")
 
 
 if __name__ == "__main__":

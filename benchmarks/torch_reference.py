@@ -242,7 +242,7 @@ def make_train_step(program: Any, unconditional: Any, device: Any, teacher_param
 
 
 class Sampler:
-    """A few TCD steps without guidance and the decoding of pictures one at a time: noise in, uint8 pictures out."""
+    """A few TCD steps without guidance and the decoding of images one at a time: noise in, uint8 images out."""
 
     def __init__(self, folder: Path, scheduler_config: dict[str, Any], device: Any, dtype: torch.dtype):
         self.unet, self.vae = (read_network(folder / part, device, dtype).eval() for part in ("unet", "vae"))

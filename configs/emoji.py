@@ -31,7 +31,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.optim.clip_norm = 0.01  # the noisiest segment's gradients are ten times the others'
     config.optim.schedule = "cosine"
     config.optim.warmup_steps = 20
-    # For whoever gives preference.weight: learn from one judge, watch another.
+    # For whoever gives preference.weight: learn from one reward model, watch another.
     config.preference.reward_model = "clip=examples/emoji/scorer"
     config.preference.held_out_reward_model = "clip=examples/emoji/guard"
     config.preference.target = 1.0  # the largest cosine: there is always something to gain

@@ -27,7 +27,7 @@ BASE = {
     "ema_decay": 0.95,
     "checkpoint_every": 50,
     "keep_checkpoints": 1,
-    # The measurements are this program's own: the run's pictures need not be many.
+    # The measurements are this program's own: the run's images need not be many.
     "sample.steps": (4,),
     "sample.teacher_steps": 4,
 }

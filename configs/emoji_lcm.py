@@ -5,10 +5,9 @@
     python launch/train.py --config=configs/emoji_lcm.py --workdir=runs/emoji_lcm
 
 One segment, noised latents in place of trajectories, x0 as the target, a moving average that makes it, pseudo-Huber.
-The latents are the teacher's own pictures; --images=... encodes others. Budget and optimizer are configs/emoji.py's.
+The latents are the teacher's own images; --images=... encodes others. Budget and optimizer are configs/emoji.py's.
 The guidance scale is drawn from 3 to 15 (2 to 14 as the paper counts it, w of eps_c + w (eps_c - eps_u)) and the
-student is told it, so launch/sample.py and diffusers take guidance_scale. The emoji teacher is at its best near 3. Not
-measured yet with this range; README.md has LCM at one scale, from configs/emoji_ablation.py:lcm.
+student is conditioned on it, so launch/sample.py and diffusers take guidance_scale. Not measured yet with this range; README.md has LCM at one scale, from configs/emoji_ablation.py:lcm.
 """
 
 from ml_collections import ConfigDict

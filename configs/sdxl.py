@@ -9,7 +9,7 @@
 LoRA through all of the paper's stages; docs/judging.md says what DIR has to hold).
 Hardware: a TPU v5e 4x4 slice or larger; memory of a step: docs/scale.md. Time and quality have not been measured here.
 Stages: 12,000 steps with 8, 4 and 2 segments, then 2,000 of consistency across segments on the student's samples.
-":all" goes on with 500 steps that a judge of the pictures (MPS) guides, as the paper does, then 1,000 of distribution
+":all" goes on with 500 steps that a reward model (MPS) guides, as the paper does, then 1,000 of distribution
 matching and a discriminator. The paper does not give the weights of these losses: they are a first guess, not tried.
 A reward model is exploited sooner or later. Give ":all" a guard of another kind and a limit, and compare the images
 before and after that stage by independent features (docs/method.md, "What guards a reward stage"):

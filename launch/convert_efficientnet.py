@@ -16,8 +16,8 @@ import numpy as np
 from absl import flags
 
 from mlcm_jax.cli import run_main
+from mlcm_jax.data.real_images import RealImages
 from mlcm_jax.errors import UserError
-from mlcm_jax.evaluation.real_images import RealImages
 from mlcm_jax.hub.save import Entry, write_json, write_safetensors
 from mlcm_jax.rewards.nearest_reference import save_reference
 from mlcm_jax.rewards.networks.efficientnet_lite import VARIANTS

@@ -4,9 +4,9 @@
     python launch/encode.py --model=DIR --prompts=FILE --out=latents.safetensors
     python launch/encode.py --model=DIR --prompts=FILE --sample_prompts=FILE2 --text_only --out=states.array_record
 
-Latents are for config.latents. --images: a folder of pictures, taken in the order of their names, or an .npy file of
-uint8 [n, H, W, 3]; picture i belongs to row i of the prompts that the training is given. Without pictures the model
-draws one for each prompt. Text states are for config.text_states: with them a training holds no text encoders.
+Latents are for config.latents. --images: a folder of images, taken in the order of their names, or an .npy file of
+uint8 [n, H, W, 3]; image i belongs to row i of the prompts that the training is given. Without images the model
+makes one for each prompt. Text states are for config.text_states: with them a training holds no text encoders.
 """
 
 from collections.abc import Iterator
@@ -20,21 +20,20 @@ from tqdm import tqdm
 from mlcm_jax.cli import run_main
 from mlcm_jax.data.latents import save_latents
 from mlcm_jax.data.prompts import open_prompts, read_prompts
+from mlcm_jax.data.real_images import RealImages
 from mlcm_jax.data.text_states import States, TextStatesWriter
-from mlcm_jax.diffusion.samplers import step_table
 from mlcm_jax.errors import UserError
-from mlcm_jax.evaluation.real_images import RealImages
 from mlcm_jax.hub.model_index import TEXT_ENCODERS
 from mlcm_jax.hub.pipeline import Pipeline
 from mlcm_jax.model_flags import load_model
 from mlcm_jax.rng import MAX_SEED
 from mlcm_jax.sampling.conditioning import encode_prompts, unconditional
 from mlcm_jax.sampling.decode import encode
-from mlcm_jax.sampling.sample import default_guidance_scale, draw_noise, sample_latents
+from mlcm_jax.sampling.text_to_image import TextToImage
 from mlcm_jax.types import TextConditioning
 
-IMAGES = flags.DEFINE_string("images", None, "Folder of pictures, or an .npy file of them.")
-PROMPTS = flags.DEFINE_string("prompts", None, "Prompts, to draw a picture for each instead, or for --text_only.")
+IMAGES = flags.DEFINE_string("images", None, "Folder of images, or an .npy file of them.")
+PROMPTS = flags.DEFINE_string("prompts", None, "Prompts, to make an image for each instead, or for --text_only.")
 PROMPTS_COLUMN = flags.DEFINE_string("prompts_column", "", "Of a table or data set, as config.prompts_column.")
 TEXT_ONLY = flags.DEFINE_bool("text_only", False, "Write text states instead of latents.")
 SAMPLE_PROMPTS = flags.DEFINE_string("sample_prompts", None, "The training's config.sample.prompts, with --text_only.")
@@ -42,39 +41,33 @@ NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", "", "The training's, wi
 DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "Of text states and of the encoders' weights, as in training."
 )
-STEPS = flags.DEFINE_integer("steps", 25, "Sampling steps, where the model draws.")
+STEPS = flags.DEFINE_integer("steps", 25, "Sampling steps, where the model makes images.")
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "Default: 1 (none) for distilled models, 5 for others.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial noise, where the model draws.", 0, MAX_SEED)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Pictures or texts at a time.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial noise, where the model makes images.", 0, MAX_SEED)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images or texts at a time.", lower_bound=1)
 OUT = flags.DEFINE_string("out", None, "The file, .safetensors for latents.", required=True)
 
 
-def encoded(pipeline: Pipeline, images: str, image_size: int) -> Iterator[np.ndarray]:
-    """Latents of the pictures, a batch at a time."""
-    pictures, n = RealImages(images, image_size), BATCH_SIZE.value
-    for batch in tqdm(pictures.batches(n, len(pictures)), total=-(-len(pictures) // n), unit="batch"):
+def encoded(pipeline: Pipeline, place: str, image_size: int) -> Iterator[np.ndarray]:
+    """Latents of the images, a batch at a time."""
+    images, n = RealImages(place, image_size), BATCH_SIZE.value
+    for batch in tqdm(images.batches(n, len(images)), total=-(-len(images) // n), unit="batch"):
         padded = np.concatenate([batch, np.repeat(batch[-1:], n - len(batch), axis=0)])
         yield encode(pipeline.vae, padded)[: len(batch)]
 
 
-def drawn(
-    pipeline: Pipeline, prompts: list[str], image_size: int, latent_shape: tuple[int, int, int]
-) -> Iterator[np.ndarray]:
-    """Latents that the model draws for the prompts, a batch at a time."""
-    n = BATCH_SIZE.value
-    step_table(pipeline.scheduler_config, STEPS.value)  # answers a wrong --steps before anything is compiled
-    noise = draw_noise(SEED.value, len(prompts), latent_shape)
-    scale = GUIDANCE_SCALE.value
+def sampled(pipeline: Pipeline, prompts: list[str]) -> Iterator[np.ndarray]:
+    """Latents that the model samples for the prompts, a batch at a time."""
+    n, sampler = BATCH_SIZE.value, TextToImage(pipeline)
+    noise = sampler.noise(len(prompts), seed=SEED.value)
     for start in tqdm(range(0, len(prompts), n), unit="batch"):
         rows = np.arange(start, start + n) % len(prompts)
-        latents = sample_latents(
-            pipeline.unet,
-            pipeline.scheduler_config,
-            noise[rows],
-            encode_prompts(pipeline, [prompts[i] for i in rows], image_size),
-            unconditional(pipeline, n, image_size),
-            guidance_scale=default_guidance_scale(pipeline) if scale is None else scale,
+        latents = sampler.sample(
+            [prompts[i] for i in rows],
+            latents=noise[rows],
             num_steps=STEPS.value,
+            guidance_scale=GUIDANCE_SCALE.value,
+            seed=SEED.value,
         )
         yield np.asarray(latents)[: len(prompts) - start]
 
@@ -82,13 +75,10 @@ def drawn(
 def write_latents(images: str | None, prompts: str | None) -> str:
     """The file of latents; returns what it holds, in words."""
     pipeline = load_model()
-    side, channels = pipeline.latent_side, pipeline.unet.config.get("in_channels", 4)
-    image_size = side * pipeline.downscale
     if prompts is None:
-        batches = encoded(pipeline, str(images), image_size)
+        batches = encoded(pipeline, str(images), pipeline.latent_side * pipeline.downscale)
     else:
-        lines = read_prompts(prompts, PROMPTS_COLUMN.value)
-        batches = drawn(pipeline, lines, image_size, (side, side, channels))
+        batches = sampled(pipeline, read_prompts(prompts, PROMPTS_COLUMN.value))
     latents = np.concatenate(list(batches))
     Path(OUT.value).parent.mkdir(parents=True, exist_ok=True)
     save_latents(latents, OUT.value)
@@ -129,7 +119,7 @@ def main():
             raise UserError("--text_only takes --prompts and --sample_prompts, those of the training, and no --images.")
         held = write_text_states(prompts, sample_prompts)
     elif (images is None) == (prompts is None):
-        raise UserError("Give either --images, pictures to encode, or --prompts, for which the model draws some.")
+        raise UserError("Give either --images, images to encode, or --prompts, for which the model makes some.")
     else:
         held = write_latents(images, prompts)
     print(f"{OUT.value}: {held}.")

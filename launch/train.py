@@ -19,7 +19,9 @@ NEW_LEARNING_RATE = flags.DEFINE_bool(
     "new_learning_rate", False, "Let a run go on with other learning rates than it had: those of the command."
 )
 COORDINATOR_ADDRESS = flags.DEFINE_string(
-    "coordinator_address", None, "host:port of process 0, where nothing tells it: TPU pods, Slurm and Kubernetes do."
+    "coordinator_address",
+    None,
+    "host:port of process 0; TPU pods, Slurm and Kubernetes need none.",
 )
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are, with coordinator_address.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on, with coordinator_address.")

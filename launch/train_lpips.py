@@ -3,8 +3,8 @@
     python launch/train_lpips.py --model=DIR --bapps=BAPPS/2afc/train --heldout=BAPPS/2afc/val --out=latent_lpips
     python launch/train_lpips.py --model=DIR --images=PICTURES --heldout=OTHERS --scorer=CLIP --out=latent_lpips
 
---bapps: people's judgements, folders ref, p0, p1 and judge (arXiv 1801.03924). --images: pictures instead; two
-distortions of the same latents are drawn, and the one whose decoded picture is closer, in the inner features of
+--bapps: people's judgements, folders ref, p0, p1 and judge (arXiv 1801.03924). --images: images instead; two
+distortions of the same latents are drawn, and the one whose decoded image is closer, in the inner features of
 --scorer or pixel by pixel, is the closer one. --heldout: the same kind, to measure the agreement on.
 """
 
@@ -16,9 +16,9 @@ import numpy as np
 from absl import flags
 
 from mlcm_jax.cli import run_main
+from mlcm_jax.data.real_images import RealImages
 from mlcm_jax.errors import UserError
 from mlcm_jax.evaluation.metrics.perceptual_distance import perceptual_distance
-from mlcm_jax.evaluation.real_images import RealImages
 from mlcm_jax.hub.pipeline import WEIGHT_FILES, Network, load_pipeline
 from mlcm_jax.hub.save import save_params
 from mlcm_jax.models.latent_lpips import LatentLPIPS
@@ -29,18 +29,18 @@ from mlcm_jax.training.latent_lpips import (
     Triplets,
     bapps_triplets,
     distorted_triplets,
-    picture_mse,
+    image_mse,
     train_lpips,
     two_afc,
 )
 
 MODEL = flags.DEFINE_string("model", None, "Diffusers folder or hub id, for its autoencoder.", required=True)
 BAPPS = flags.DEFINE_string("bapps", None, "Folder of judgements to learn from.")
-IMAGES = flags.DEFINE_string("images", None, "Folder of pictures, or an .npy file of them, to distort and learn from.")
-HELDOUT = flags.DEFINE_string("heldout", None, "Judgements or pictures to measure on.", required=True)
+IMAGES = flags.DEFINE_string("images", None, "Folder of images, or an .npy file of them, to distort and learn from.")
+HELDOUT = flags.DEFINE_string("heldout", None, "Judgements or images to measure on.", required=True)
 SCORER = flags.DEFINE_string("scorer", None, "Transformers CLIPModel folder that judges distortions; none: pixels.")
-IMAGE_SIZE = flags.DEFINE_integer("image_size", 64, "Pixels of the sides that pictures are encoded at.", lower_bound=8)
-REPEATS = flags.DEFINE_integer("repeats", 2, "Pairs of distortions of each picture.", lower_bound=1)
+IMAGE_SIZE = flags.DEFINE_integer("image_size", 64, "Pixels of the sides that images are encoded at.", lower_bound=8)
+REPEATS = flags.DEFINE_integer("repeats", 2, "Pairs of distortions of each image.", lower_bound=1)
 WIDTHS = flags.DEFINE_list("widths", ["64", "128", "256", "512", "512"], "Channels of the five blocks.")
 STEPS = flags.DEFINE_integer("steps", 2000, "Updates.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Triplets an update.", lower_bound=1)
@@ -54,9 +54,9 @@ def triplets(place: str | None, vae: Network, seed: int) -> Triplets:
     place = str(place)
     if BAPPS.value:
         return bapps_triplets(place, vae, IMAGE_SIZE.value)
-    pictures = RealImages(place, IMAGE_SIZE.value)
-    latents = np.concatenate([encode(vae, batch) for batch in pictures.batches(64, len(pictures))])
-    distance = partial(perceptual_distance, load_clip_encoder(SCORER.value)) if SCORER.value else picture_mse
+    images = RealImages(place, IMAGE_SIZE.value)
+    latents = np.concatenate([encode(vae, batch) for batch in images.batches(64, len(images))])
+    distance = partial(perceptual_distance, load_clip_encoder(SCORER.value)) if SCORER.value else image_mse
     return distorted_triplets(latents, vae, distance, seed=seed, repeats=REPEATS.value)
 
 
@@ -73,7 +73,7 @@ def report(step: int, loss: float):
 
 def main():
     if (BAPPS.value is None) == (IMAGES.value is None):
-        raise UserError("Give either --bapps, judgements, or --images, pictures to distort.")
+        raise UserError("Give either --bapps, judgements, or --images, images to distort.")
     config = {"_class_name": "LatentLPIPS", "block_out_channels": widths(), "layers_per_block": [2, 2, 3, 3, 3]}
     vae = load_pipeline(MODEL.value).vae
     config["latent_channels"] = vae.config.get("latent_channels", 4)

@@ -1,4 +1,4 @@
-"""The flags by which a program is told its model, where there is one."""
+"""The flags that name a program's model."""
 
 from collections.abc import Collection
 

@@ -24,7 +24,7 @@ def files(tmp_path_factory, sdxl_folder):
         "    return config\n"
     )
     np.save(folder / "three_channels.npy", np.zeros((1, 3, 16, 16), np.float32))
-    np.save(folder / "two_pictures.npy", np.zeros((2, 32, 32, 3), np.uint8))
+    np.save(folder / "two_images.npy", np.zeros((2, 32, 32, 3), np.uint8))
     (folder / "nine.txt").write_text("red heart\n" * 9)
     for name in ("missing_tensor", "wrong_shape", "wrong_activation"):
         shutil.copytree(sdxl_folder, folder / name)
@@ -148,8 +148,8 @@ def test_export(launch, files, tmp_path, mistake):
 
 
 ENCODE = {
-    "neither pictures nor prompts": ([], ["--images", "--prompts"]),
-    "no pictures": (["--images={files}/nowhere"], ["nowhere does not exist"]),
+    "neither images nor prompts": ([], ["--images", "--prompts"]),
+    "no images": (["--images={files}/nowhere"], ["nowhere does not exist"]),
     "no prompts": (["--prompts={files}/empty.txt"], ["empty.txt is empty"]),
     "a seed below 0": (["--seed=-1"], ["--seed=-1"]),
 }
@@ -166,20 +166,20 @@ def test_encode(launch, files, sdxl_folder, tmp_path, mistake):
 EVALUATE = {
     "no model": (["--model={files}/no_model"], ["has no model_index.json"]),
     "no baseline": (["--baseline={files}/nowhere"], ["{files}/nowhere does not exist"]),
-    "a baseline of other pictures": (["--baseline=examples/emoji/teacher"], ["images of 32 px", "images of 64 px"]),
-    "too many pictures": (["--num_images=10"], ["--num_images=10 is more than the 9 prompts"]),
-    "too few pictures": (["--num_images=3"], ["--num_images=3"]),
+    "a baseline of other images": (["--baseline=examples/emoji/teacher"], ["images of 32 px", "images of 64 px"]),
+    "too many images": (["--num_images=10"], ["--num_images=10 is more than the 9 prompts"]),
+    "too few images": (["--num_images=3"], ["--num_images=3"]),
     "steps that are no number": (["--steps=1,x"], ["--steps=1,x is no list of whole numbers"]),
     "a seed below 0": (["--seed=-1"], ["--seed=-1"]),
     "no steps": (["--steps=0"], ["num_steps=0 is not possible"]),
     "no scorer": (["--scorer={files}/nowhere"], ["{files}/nowhere"]),
     "an unknown scorer": (["--scorers=beauty=x"], ["--scorers has the entry 'beauty=x'", "clip"]),
     "features of nothing": (["--features=clip"], ["--features has the entry 'clip'", "NAME=PLACE"]),
-    "no real pictures": (["--data={files}/no_model"], ["no_model holds no images"]),
-    "latents as pictures": (["--data={files}/three_channels.npy"], ["float32 [1, 3, 16, 16]", "uint8"]),
-    "too few real pictures": (["--data={files}/two_pictures.npy"], ["has 2 images: give 4 or more"]),
-    "pictures of fewer prompts": (
-        ["--data={files}/two_pictures.npy", "--data_matches_prompts"],
+    "no real images": (["--data={files}/no_model"], ["no_model holds no images"]),
+    "latents as images": (["--data={files}/three_channels.npy"], ["float32 [1, 3, 16, 16]", "uint8"]),
+    "too few real images": (["--data={files}/two_images.npy"], ["has 2 images: give 4 or more"]),
+    "images of fewer prompts": (
+        ["--data={files}/two_images.npy", "--data_matches_prompts"],
         ["has 2 images: give 9 or more"],
     ),
     "a file to write to": (["--out={files}/nine.txt"], ["nine.txt is a file: name a folder"]),

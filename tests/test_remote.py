@@ -99,7 +99,7 @@ class _Board:
     def close(self): ...
 
 
-def test_pictures_and_an_export(bucket, tmp_path):
+def test_images_and_an_export(bucket, tmp_path):
     image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     (WORKDIR / "samples").mkdir(parents=True, exist_ok=True)
     write_image(image, WORKDIR / "samples" / "one.png")

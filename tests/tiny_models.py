@@ -85,7 +85,7 @@ def randomise(module, seed):
 def save_sdxl(folder, unet_config=None, gain=1.0):
     """A StableDiffusionXLPipeline: 16 x 16 latents, 32 x 32 images.
 
-    gain multiplies the UNet's output: at 10 its prediction has the size of the noise, and shows in the pictures.
+    gain multiplies the UNet's output: at 10 its prediction has the size of the noise, and shows in the images.
     """
     unet = randomise(UNet2DConditionModel(**(unet_config or UNET | XL)), 1)
     unet.conv_out.weight.data *= gain

@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 
 def row_weights(data: EmojiSplit) -> Float[np.ndarray, " n"]:
     """How often each row is drawn, sum 1: every (name, style) counts the same, however many skin tones it comes in."""
-    pictures = list(zip(data["name"], data["style"], strict=True))
-    variants = Counter(pictures)
-    weights = np.array([1.0 / variants[picture] for picture in pictures])
+    images = list(zip(data["name"], data["style"], strict=True))
+    variants = Counter(images)
+    weights = np.array([1.0 / variants[image] for image in images])
     return weights / weights.sum()
 
 

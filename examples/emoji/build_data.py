@@ -36,11 +36,11 @@ def build_all(data_dir: Path, cache_dir: Path, out_dir: Path) -> None:
 
     emojis = names.read_emojis(sources.names_file(packages_dir))
     official = sum(one.from_fallback for one in emojis)
-    print(f"names: {len({one.name for one in emojis})}; pictures named by emoji.json instead of CLDR: {official}")
+    print(f"names: {len({one.name for one in emojis})}; images named by emoji.json instead of CLDR: {official}")
     for split, rows in splits.items():
         counts = Counter(rows["style"])
         styles = ", ".join(f"{style} {counts[style]}" for style in sources.STYLES)
-        print(f"{split}: {len(rows['caption'])} pictures ({styles}), {len(set(rows['name']))} names")
+        print(f"{split}: {len(rows['caption'])} images ({styles}), {len(set(rows['name']))} names")
     print(f"longest caption: {length} tokens of {tokenizer.MODEL_MAX_LENGTH}")
 
 

@@ -13,7 +13,7 @@ from mlcm_jax.errors import UserError
 AUTOENCODER = flags.DEFINE_string("autoencoder", "runs/emoji_autoencoder", "Workdir of train_autoencoder.py.")
 CLIP = flags.DEFINE_string("clip", "runs/emoji_clip", "Workdir of train_clip.py.")
 UNET = flags.DEFINE_string("unet", "runs/emoji_unet", "Workdir of train_unet.py.")
-OUT = flags.DEFINE_string("out", "curves.png", "The picture.")
+OUT = flags.DEFINE_string("out", "curves.png", "The image.")
 
 # Workdir, metric of its metrics.jsonl, what the axis says
 PANELS = (

@@ -20,7 +20,7 @@ CAPTION_DROPOUT = 0.1
 MIN_SNR_GAMMA = 5.0
 GRID_PROMPTS = Path(__file__).resolve().parent / "prompts" / "grid.txt"
 GRID_STEPS = 25
-CHUNK = 64  # pictures that are encoded at a time
+CHUNK = 64  # images that are encoded at a time
 
 
 def make_loss(unet: UNet2DConditionModel, schedule: Schedule, *, caption_dropout: float = CAPTION_DROPOUT):

@@ -1,12 +1,12 @@
 """How alike a model draws from Chinese and from English: examples/emoji/measure_chinese.py --data_dir=DIR --model=DIR.
 
-For captions of both splits, from the same noise: pictures drawn from the English caption, from the Chinese one, and
-from the English caption of another picture. A JSON object a split:
+For captions of both splits, from the same noise: images drawn from the English caption, from the Chinese one, and
+from the English caption of another image. A JSON object a split:
 
     prediction  squared difference of the UNet's outputs for the English and the other conditioning, at noisy latents of
-                the English pictures, as a part of the difference between English and none
+                the English images, as a part of the difference between English and none
     latents     squared distance of the drawn latents to the English ones
-    clip_score  of the drawn pictures against the English captions
+    clip_score  of the drawn images against the English captions
 """
 
 import json
@@ -57,7 +57,7 @@ def choose_captions(split: str) -> tuple[list[str], list[str]]:
 
 
 def predictions(unet, schedule: Schedule, latents, conditionings: dict) -> dict[str, jax.Array]:
-    """The UNet's outputs at one noise level for each picture, by conditioning."""
+    """The UNet's outputs at one noise level for each image, by conditioning."""
     n = len(latents)
     t = jnp.asarray((np.arange(n) * 1000 + 500) // n, jnp.int32)
     z = add_noise(schedule, latents, jax.random.normal(jax.random.key(1), latents.shape), t)

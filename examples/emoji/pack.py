@@ -18,8 +18,8 @@ from mlcm_jax.hub.pipeline import load_network
 HERE = Path(__file__).resolve().parent
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder that build_data.py wrote.", required=True)
 TEACHER = flags.DEFINE_string("teacher", str(HERE / "teacher"), "Folder with the autoencoder, vae/.")
-PROMPTS = flags.DEFINE_string("prompts", str(HERE / "prompts" / "eval.txt"), "Captions whose pictures are packed too.")
-NUM_REAL = flags.DEFINE_integer("num_real", 512, "Of these pictures, the first ones.", lower_bound=0)
+PROMPTS = flags.DEFINE_string("prompts", str(HERE / "prompts" / "eval.txt"), "Captions whose images are packed too.")
+NUM_REAL = flags.DEFINE_integer("num_real", 512, "Of these images, the first ones.", lower_bound=0)
 OUT = flags.DEFINE_string("out", None, "The .safetensors file, at most 30 MB.", required=True)
 
 
@@ -41,7 +41,7 @@ def main():
         vae=fingerprint(folder),
     )
     size = save_packed(packed, out)
-    print(f"{out}: {len(latents)} + {len(heldout_latents)} latents, {len(real)} pictures, {size / 1e6:.1f} MB")
+    print(f"{out}: {len(latents)} + {len(heldout_latents)} latents, {len(real)} images, {size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One file with all that the denoiser's training on a GPU reads: latents, captions, weights, some real pictures."""
+"""One file with all that the denoiser's training on a GPU reads: latents, captions, weights, some real images."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,7 @@ MAX_BYTES = 30_000_000
 @dataclasses.dataclass(frozen=True)
 class Packed:
     """latents: scaled means of the encoder. weights: how often a row is drawn, sum 1. heldout_*: of names that are
-    not trained on. real: pictures of real_captions, to compare samples with. vae: the fingerprint of the autoencoder.
+    not trained on. real: images of real_captions, to compare samples with. vae: the fingerprint of the autoencoder.
 
     Captions are text: their states (15 kB each) are computed anew, which takes seconds.
     """

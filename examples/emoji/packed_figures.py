@@ -33,11 +33,11 @@ from mlcm_jax.sampling.sample import draw_noise, sample_latents
 GUIDANCE_SCALES = (3.0, 5.0)
 CHUNK = 128  # samples that are drawn at a time
 RESAMPLES = 50  # of the distances between sets
-SEED = 0  # launch/evaluate.py's, so that both draw the same pictures
+SEED = 0  # launch/evaluate.py's, so that both draw the same images
 
 
 def draw(pipeline: Pipeline, prompts: Sequence[str], guidance_scale: float) -> UInt8[np.ndarray, "n H W 3"]:
-    """A picture of each prompt in 25 steps, float32; picture i has the noise that launch/evaluate.py gives it."""
+    """An image of each prompt in 25 steps, float32; image i has the noise that launch/evaluate.py gives it."""
     side, channels = pipeline.unet.config["sample_size"], pipeline.unet.config["in_channels"]
     noise = draw_noise(SEED, len(prompts), (side, side, channels))
     text = encode_prompts(pipeline, prompts, IMAGE_SIZE)
@@ -63,7 +63,7 @@ def measure(
 ) -> None:
     """Write OUT/grid.png, the grid's prompts at both guidance scales, and OUT/figures.json.
 
-    num_images: captions of the packed real pictures that are drawn and compared, the first ones; 0: the grid alone.
+    num_images: captions of the packed real images that are drawn and compared, the first ones; 0: the grid alone.
     scorers, features: {name: folder}, as launch/evaluate.py takes them.
     """
     begin = time.perf_counter()

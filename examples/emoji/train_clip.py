@@ -31,7 +31,7 @@ SCORER = flags.DEFINE_string("scorer", None, "Folder for the scorer (transformer
 CONFIG = config_flag(CLIP)
 
 TOKENIZER = Path(__file__).parent / "tokenizer"
-MAX_SHIFT = 4  # pixels that a training picture is moved by, at most
+MAX_SHIFT = 4  # pixels that a training image is moved by, at most
 
 
 def normalise(images):
@@ -41,7 +41,7 @@ def normalise(images):
 
 
 def shifted(images, key):
-    """Each picture moved by a few pixels on white."""
+    """Each image moved by a few pixels on white."""
     n, height, width, _ = images.shape
     padded = jnp.pad(images, ((0, 0), (MAX_SHIFT, MAX_SHIFT), (MAX_SHIFT, MAX_SHIFT), (0, 0)), constant_values=255)
     corners = jax.random.randint(key, (n, 2), 0, 2 * MAX_SHIFT + 1)
@@ -50,7 +50,7 @@ def shifted(images, key):
 
 
 def contrastive(image_embeds, text_embeds, logit_scale):
-    """Symmetric cross-entropy of matching pictures and captions, and the accuracy of finding the picture."""
+    """Symmetric cross-entropy of matching images and captions, and the accuracy of finding the image."""
     image_embeds, text_embeds = (e / jnp.linalg.norm(e, axis=-1, keepdims=True) for e in (image_embeds, text_embeds))
     logits = jnp.exp(logit_scale) * text_embeds @ image_embeds.T
     labels = jnp.arange(len(logits))
@@ -73,7 +73,7 @@ def make_loss(clip: CLIPModel, text_1: CLIPTextModel):
 
 
 def retrieval_accuracy(clip: CLIPModel, params, tokenizer, split) -> float:
-    """How often a caption finds its own picture among all pictures of the split."""
+    """How often a caption finds its own image among all images of the split."""
     embed = jax.jit(lambda tokens, images: clip.apply({"params": params}, tokens, normalise(images)))
     tokens = tokenise(tokenizer, split["caption"])
     parts = [embed(tokens[i : i + 64], split["image"][i : i + 64]) for i in range(0, len(tokens), 64)]

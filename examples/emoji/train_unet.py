@@ -1,9 +1,9 @@
-"""Train the emoji denoiser, from the pictures or, on a GPU, from the one file that pack.py writes.
+"""Train the emoji denoiser, from the images or, on a GPU, from the one file that pack.py writes.
 
 python examples/emoji/train_unet.py --data_dir=DIR --teacher=DIR --workdir=DIR --out=DIR
 python examples/emoji/train_unet.py --packed=FILE --minutes=7 --out=DIR
 
---teacher holds vae/, text_encoder/, text_encoder_2/, tokenizer/ and tokenizer_2/. From pictures --out becomes a whole
+--teacher holds vae/, text_encoder/, text_encoder_2/, tokenizer/ and tokenizer_2/. From images --out becomes a whole
 StableDiffusionXLPipeline folder with them; from a packed file it gets unet/ alone, and figures.
 """
 
@@ -41,7 +41,7 @@ HERE = Path(__file__).resolve().parent
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder that build_data.py wrote.")
 PACKED = flags.DEFINE_string("packed", None, "Instead of --data_dir: the file that pack.py wrote.")
 TEACHER = flags.DEFINE_string("teacher", str(HERE / "teacher"), "Folder with the other parts of the pipeline.")
-WORKDIR = flags.DEFINE_string("workdir", "runs/emoji_unet", "Checkpoints, samples and metrics, from pictures.")
+WORKDIR = flags.DEFINE_string("workdir", "runs/emoji_unet", "Checkpoints, samples and metrics, from images.")
 OUT = flags.DEFINE_string("out", None, "Folder for the finished pipeline, or UNet and figures.", required=True)
 CONFIG = config_flag(UNET)
 
@@ -59,11 +59,11 @@ SCORERS_FLAG = flags.DEFINE_list(
 FEATURES = flags.DEFINE_list("features", [f"clip={HERE / 'scorer'}"], "NAME=PLACE,... of Frechet distances.")
 
 GRID_GUIDANCE = 5.0
-MIN_IMAGES = 8  # resamples of fewer may hold one picture alone, which has no spread
+MIN_IMAGES = 8  # resamples of fewer may hold one image alone, which has no spread
 
 
 def make_sampler(pipeline: Pipeline, seed: int):
-    """A function of the UNet's parameters: one guided picture for each of the grid's prompts."""
+    """A function of the UNet's parameters: one guided image for each of the grid's prompts."""
     prompts = read_prompts(GRID_PROMPTS)
     conditioning = encode_prompts(pipeline, prompts, IMAGE_SIZE)
     empty = unconditional(pipeline, len(prompts), IMAGE_SIZE)
@@ -86,9 +86,9 @@ def make_sampler(pipeline: Pipeline, seed: int):
     return images
 
 
-def from_pictures(config: ConfigDict, out: Path):
+def from_images(config: ConfigDict, out: Path):
     """Train as recipe.UNET says, resumable; write a whole pipeline."""
-    # A machine that trains from a packed file need not have what reads the pictures.
+    # A machine that trains from a packed file need not have what reads the images.
     from batches import Batches
     from emoji_dataset.dataset import load_split
 
@@ -142,11 +142,11 @@ def main():
     if out.resolve() == Path(TEACHER.value).resolve():
         raise UserError(f"--out={out} is --teacher: choose another folder to write to.")
     if bool(DATA_DIR.value) == bool(PACKED.value):
-        raise UserError("Give either --data_dir, to train from pictures, or --packed, to train on a GPU.")
+        raise UserError("Give either --data_dir, to train from images, or --packed, to train on a GPU.")
     if PACKED.value:
         from_packed(out)
     else:
-        from_pictures(CONFIG.value, out)
+        from_images(CONFIG.value, out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Where prompts come from, a row at a time, and the order they are taken in: a pure function of the seed.
 
 A place is a text file (a prompt a line), a .jsonl, .csv or .parquet file with a column of text, here or at gs://, or
-``tfds:NAME`` (data/tfds_text.py). A row can hold several texts for the same thing, as captions of a picture.
+``tfds:NAME`` (data/tfds_text.py). A row can hold several texts for the same thing, as captions of an image.
 """
 
 import re
@@ -98,12 +98,12 @@ class Place(NamedTuple):
     epoch: int
 
     def turn(self, num_texts: int) -> int:
-        """Which of a row's texts is meant: each walk takes the next."""
+        """Which of a row's texts is meant: each pass takes the next."""
         return self.epoch % num_texts
 
 
 def shuffled(positions: Iterable[int], n: int, seed: int) -> list[Place]:
-    """Where the positions of an endless stream lie, which walks through all n rows in a new random order each time;
+    """Where the positions of an endless stream lie, which goes through all n rows in a new random order each time;
     any position can be asked for."""
     epochs = (divmod(int(position), n) for position in positions)
     return [Place(int(_order(seed, epoch, n)[index]), epoch) for epoch, index in epochs]

@@ -83,7 +83,7 @@ def _text_features(feature: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[s
 
 
 def _skip(feature: Any) -> Any:
-    """What tells tfds not to decode a feature, pictures above all; without TensorFlow sequences are always decoded."""
+    """What keeps tfds from decoding a feature, images above all; without TensorFlow sequences are always decoded."""
     if isinstance(feature, tfds.features.Sequence):
         return None
     if isinstance(feature, tfds.features.FeaturesDict):

@@ -7,13 +7,13 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from mlcm_jax.data.prompts import read_prompts
+from mlcm_jax.data.real_images import RealImages
 from mlcm_jax.errors import UserError
 from mlcm_jax.evaluation.evaluator import EvaluationProtocol, evaluate_samplers
 from mlcm_jax.evaluation.extractors.registry import FEATURE_EXTRACTORS, load_extractor
 from mlcm_jax.evaluation.measure import Measurements, Networks, real_inputs
 from mlcm_jax.evaluation.metrics.registry import IMAGE_METRICS, SEED_METRICS, SET_METRICS
 from mlcm_jax.evaluation.provenance import provenance
-from mlcm_jax.evaluation.real_images import RealImages
 from mlcm_jax.evaluation.report import write_report
 from mlcm_jax.evaluation.sampling import Sampler, check_samplers, image_size
 from mlcm_jax.hub.pipeline import Pipeline, load_pipeline

@@ -112,7 +112,7 @@ def vae_places(names: Collection[str]) -> dict[str, Place]:
         for pattern, replacement in VAE:
             theirs = re.sub(pattern, replacement, theirs)
         renamed[name] = theirs
-    # LDM counts the decoder's blocks from the largest picture, diffusers in the order they run
+    # LDM counts the decoder's blocks from the largest image, diffusers in the order they run
     last = max((int(m[1]) for m in map(_VAE_UP.search, renamed.values()) if m), default=0)
 
     def place(name: str) -> Place:

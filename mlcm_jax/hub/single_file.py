@@ -73,7 +73,7 @@ def marked_settings(file: Path) -> dict[str, Any]:
 
 
 def class_of_checkpoint(file: Path) -> str:
-    """The pipeline class of a single file, told by its names.
+    """The pipeline class of a single file, known by its names.
 
     Raises UserError for a file that is neither SDXL nor SD 1.x, lacks a network, or holds more than these.
     """

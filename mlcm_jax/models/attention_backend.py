@@ -26,7 +26,7 @@ class AttentionBackend:
     """name: one of ``BACKENDS``; "auto" takes for each call what the device does best.
 
     platform: "cpu", "gpu" or "tpu"; None: jax's default. mesh: of a program for several devices, which the TPU kernel
-    has to be told; arrays are split as mlcm_jax.parallel.sharding splits them.
+    has to be given; arrays are split as mlcm_jax.parallel.sharding splits them.
     Raises UserError for an unknown name, and for one that needs another platform.
     """
 

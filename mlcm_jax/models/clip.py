@@ -196,7 +196,7 @@ class CLIPVisionModel(nn.Module):
 
 
 class CLIPModel(nn.Module):
-    """Both towers in one space (CLIPModel): a scorer of pictures against captions."""
+    """Both towers in one space (CLIPModel): a scorer of images against captions."""
 
     text: TextTowerConfig
     vision: VisionTowerConfig

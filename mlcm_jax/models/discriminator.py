@@ -1,4 +1,4 @@
-"""Heads that tell real from drawn latents by a frozen denoiser's features (as in arXiv 2311.17042, 2403.12015)."""
+"""Heads that discriminate real from sampled latents by a frozen denoiser's features (arXiv 2311.17042, 2403.12015)."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,6 +1,6 @@
 """LPIPS (arXiv 1801.03924) of latents, on a VGG-like network (arXiv 1409.1556) that reads them.
 
-Latents are already as small as a picture after three poolings, so the first three are left out (arXiv 2406.05768).
+Latents are already as small as an image after three poolings, so the first three are left out (arXiv 2406.05768).
 """
 
 import dataclasses

@@ -37,7 +37,7 @@ CONFIG_KEYS: Table = {
     "upsampling_scaling_factor": (2, (2,)),
     "num_encoder_blocks": ((1, 3, 3, 3), BLOCKS),
     "num_decoder_blocks": ((3, 3, 3, 1), BLOCKS),
-    "latent_magnitude": (3, UNREAD),  # of diffusers' scale_latents, for storing latents as pictures; not used here
+    "latent_magnitude": (3, UNREAD),  # of diffusers' scale_latents, for storing latents as images; not used here
     "latent_shift": (0.5, UNREAD),
     "force_upcast": (False, (False,)),
     "scaling_factor": (1.0, POSITIVE),

@@ -29,7 +29,7 @@ def sinusoidal_embedding(
 
 
 def guidance_embedding(guidance_scale: Float[Array, " n"], dim: int) -> Float[Array, "n dim"]:
-    """What a student with ``time_cond_proj_dim`` is told of its guidance scale (arXiv 2310.04378), float32.
+    """The embedding of the guidance scale for a student with ``time_cond_proj_dim`` (arXiv 2310.04378), float32.
 
     It is w of eps_c + w (eps_c - eps_u), which is one less than the scale used elsewhere, times 1000.
     """
@@ -147,7 +147,7 @@ class UNet2DConditionModel(nn.Module):
         return self.clone(config=dataclasses.replace(self.config, attention=attention))
 
     def with_guidance_embedding(self, dim: int) -> "UNet2DConditionModel":
-        """The same network, told its guidance scale by an embedding of ``dim`` numbers; 0: not told."""
+        """The same network, conditioned on its guidance scale by an embedding of ``dim`` numbers; 0: it is not."""
         return self.clone(config=dataclasses.replace(self.config, time_cond_proj_dim=dim or None))
 
     @nn.compact
@@ -163,8 +163,8 @@ class UNet2DConditionModel(nn.Module):
         timestep_cond: embedding of the guidance scale, for students with ``time_cond_proj_dim``.
         """
         cfg, channels = self.config, self.config.block_out_channels
-        told = (sample, timesteps, conditioning, timestep_cond)
-        sample, timesteps, conditioning, timestep_cond = split_batch(told, cfg.attention.mesh)
+        inputs = (sample, timesteps, conditioning, timestep_cond)
+        sample, timesteps, conditioning, timestep_cond = split_batch(inputs, cfg.attention.mesh)
         context = conditioning.hidden_states.astype(self.dtype)
         temb = self._time_embedding(timesteps, conditioning, timestep_cond)
         x = Conv(channels[0], dtype=self.dtype, name="conv_in")(sample)

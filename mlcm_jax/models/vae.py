@@ -55,7 +55,7 @@ class VAEConfig:
     norm_num_groups: int
     sample_size: (
         int | None
-    )  # pixels along the side of the pictures that it was trained on; of a tile, where there are any
+    )  # pixels along the side of the images that it was trained on; of a tile, where there are any
     scaling_factor: float
     force_upcast: bool
     use_quant_conv: bool

@@ -16,7 +16,7 @@ from mlcm_jax.sampling.tiling import decode_in_tiles
 from mlcm_jax.types import HostLatents, Latents
 
 TILING = ("auto", "on", "off")
-# "auto" decodes larger pictures in tiles. At this side SDXL's decoder needs 2.2 GB in float32, by the TPU compiler's
+# "auto" decodes larger images in tiles. At this side SDXL's decoder needs 2.2 GB in float32, by the TPU compiler's
 # count (a tile of 512 px: 0.55 GB); at twice the side its attention alone has 17 GB of scores.
 LARGEST_WHOLE_SIDE = 1024
 
@@ -37,7 +37,7 @@ def decode(vae: Network, latents: Latents | HostLatents, tiling: str = "auto") -
     """Images of scaled latents, fetched at once; the program decodes one at a time: a decoder's activations are large.
 
     tiling: "on" decodes what is larger than the autoencoder's ``sample_size`` in tiles of that size, "auto" only
-    pictures of more than 1024 px. Raises UserError for "on" with an AutoencoderTiny, which needs no tiles, and for
+    images of more than 1024 px. Raises UserError for "on" with an AutoencoderTiny, which needs no tiles, and for
     latents that are not finite.
     """
     if not np.isfinite(host_array(latents)).all():
@@ -55,7 +55,7 @@ def in_tiles(vae: Network, latents: Latents | HostLatents, tiling: str) -> bool:
     module: Any = vae.module
     if not isinstance(module, AutoencoderKL):
         if tiling == "on":
-            raise UserError(f"{type(module).__name__} decodes pictures of any size whole: leave tiling out.")
+            raise UserError(f"{type(module).__name__} decodes images of any size whole: leave tiling out.")
         return False
     side = max(latents.shape[1:3]) * module.downscale
     smallest = {"auto": LARGEST_WHOLE_SIDE, "on": 0, "off": side}[tiling]

@@ -50,20 +50,35 @@ class TextToImage:
         eta: float = 0.0,
         vae_tiling: str = "auto",
     ) -> UInt8[np.ndarray, "n H W 3"]:
-        """An image of each prompt, by the pipeline's own scheduler.
+        """An image of each prompt; the arguments are those of ``sample``. vae_tiling: as ``decode`` takes it."""
+        noise = self._start(prompts, seed, image_size, latents)
+        in_tiles(self.pipeline.vae, noise, vae_tiling)  # answers a mistake before anything is compiled
+        settings = {"num_steps": num_steps, "guidance_scale": guidance_scale, "seed": seed, "eta": eta}
+        return decode(self.pipeline.vae, self.sample(prompts, latents=noise, **settings), vae_tiling)
+
+    def sample(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        num_steps: int = 4,
+        guidance_scale: float | None = None,
+        seed: int = 0,
+        image_size: int = 0,
+        latents: Latents | None = None,
+        eta: float = 0.0,
+    ) -> Latents:
+        """Clean latents of each prompt, scaled, by the pipeline's own scheduler.
 
         guidance_scale: None takes the scheduler's usual one: 1 for students, 5 for teachers. latents: initial noise,
         scaled to unit variance, instead of that of ``seed`` and ``image_size``; one prompt serves all of it.
-        eta: 0 to 1, the noise that TCDScheduler adds. vae_tiling: as ``decode`` takes it.
+        eta: 0 to 1, the noise that TCDScheduler adds.
         Raises UserError, before anything is compiled, for a number of steps or a size that cannot work.
         """
+        noise, pipeline = self._start(prompts, seed, image_size, latents), self.pipeline
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        pipeline = self.pipeline
-        step_table(pipeline.scheduler_config, num_steps, eta)
-        noise = self.noise(len(prompts), seed=seed, image_size=image_size) if latents is None else latents
-        in_tiles(pipeline.vae, noise, vae_tiling)
         size, n = noise.shape[1] * pipeline.downscale, len(noise)
-        sampled = sample_latents(
+        step_table(pipeline.scheduler_config, num_steps, eta)  # answers a mistake before prompts are encoded
+        return sample_latents(
             pipeline.unet,
             pipeline.scheduler_config,
             noise,
@@ -74,4 +89,7 @@ class TextToImage:
             rng=jax.random.fold_in(seed_key(seed), SAMPLER_STREAM),
             eta=eta,
         )
-        return decode(pipeline.vae, sampled, vae_tiling)
+
+    def _start(self, prompts: str | Sequence[str], seed: int, image_size: int, latents: Latents | None) -> Latents:
+        n = 1 if isinstance(prompts, str) else len(prompts)
+        return self.noise(n, seed=seed, image_size=image_size) if latents is None else latents

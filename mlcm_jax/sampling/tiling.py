@@ -1,4 +1,4 @@
-"""Decoding large pictures tile by tile, so that the decoder's activations are those of one tile."""
+"""Decoding large images tile by tile, so that the decoder's activations are those of one tile."""
 
 from collections import defaultdict
 from collections.abc import Callable

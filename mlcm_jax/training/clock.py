@@ -1,4 +1,4 @@
-"""The seconds that steps take, told without keeping the device waiting."""
+"""The seconds that steps take, measured without keeping the device waiting."""
 
 import statistics
 import time

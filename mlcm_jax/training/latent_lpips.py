@@ -13,8 +13,8 @@ import optax
 from jaxtyping import Array, Float, Key, UInt8
 
 from mlcm_jax.data.npy import read_npy
+from mlcm_jax.data.real_images import RealImages
 from mlcm_jax.errors import UserError
-from mlcm_jax.evaluation.real_images import RealImages
 from mlcm_jax.hub.pipeline import Network
 from mlcm_jax.images import to_float
 from mlcm_jax.models.latent_lpips import LatentLPIPS
@@ -25,8 +25,8 @@ from mlcm_jax.types import Latents, Params
 LayoutFolders = ("ref", "p0", "p1", "judge")
 EPS = 1e-6  # in the ratios of distances that the ranking head sees
 
-# distances of pairs of pictures, uint8 [n, H, W, 3] each
-PictureDistance = Callable[[UInt8[np.ndarray, "n H W 3"], UInt8[np.ndarray, "n H W 3"]], Float[np.ndarray, " n"]]
+# distances of pairs of images, uint8 [n, H, W, 3] each
+ImageDistance = Callable[[UInt8[np.ndarray, "n H W 3"], UInt8[np.ndarray, "n H W 3"]], Float[np.ndarray, " n"]]
 
 
 class Triplets(NamedTuple):
@@ -65,7 +65,7 @@ def _blend(z: Latents, other: Latents, strength, key: Key[Array, ""]) -> Latents
 
 
 def _patch(z: Latents, other: Latents, strength, key: Key[Array, ""]) -> Latents:
-    """A square of another picture, its side ``strength`` of the height."""
+    """A square of another image, its side ``strength`` of the height."""
     n, height, width, _ = z.shape
     corner = jax.random.uniform(key, (n, 2)) * (1 - strength[:, 0, 0])
     rows, columns = jnp.arange(height) / height, jnp.arange(width) / width
@@ -75,7 +75,7 @@ def _patch(z: Latents, other: Latents, strength, key: Key[Array, ""]) -> Latents
 
 
 def _shift(z: Latents, other: Latents, strength, key: Key[Array, ""]) -> Latents:
-    """Towards the picture moved by one latent to the right: by ``strength`` of it, linearly interpolated."""
+    """Towards the image moved by one latent to the right: by ``strength`` of it, linearly interpolated."""
     return z + strength * (jnp.roll(z, 1, axis=2) - z)
 
 
@@ -94,28 +94,28 @@ def distort(z: Latents, key: Key[Array, ""]) -> Latents:
 
 
 def distorted_triplets(
-    latents: Float[np.ndarray, "n h w c"], vae: Network, distance: PictureDistance, *, seed: int, repeats: int
+    latents: Float[np.ndarray, "n h w c"], vae: Network, distance: ImageDistance, *, seed: int, repeats: int
 ) -> Triplets:
-    """``repeats`` triplets of each latent: itself and two distortions; closer is whose decoded picture is closer."""
+    """``repeats`` triplets of each latent: itself and two distortions; closer is whose decoded image is closer."""
     parts = []
-    pictures = decode(vae, jnp.asarray(latents))
+    images = decode(vae, jnp.asarray(latents))
     for i in range(repeats):
         keys = jax.random.split(jax.random.fold_in(seed_key(seed), i))
         pair = [np.asarray(distort(jnp.asarray(latents), key)) for key in keys]
-        d0, d1 = (distance(pictures, decode(vae, jnp.asarray(p))) for p in pair)
+        d0, d1 = (distance(images, decode(vae, jnp.asarray(p))) for p in pair)
         parts.append(Triplets(latents, pair[0], pair[1], (d1 < d0).astype(np.float32)))
     return Triplets(*(np.concatenate(fields) for fields in zip(*parts, strict=True)))
 
 
-def picture_mse(a: UInt8[np.ndarray, "n H W 3"], b: UInt8[np.ndarray, "n H W 3"]) -> Float[np.ndarray, " n"]:
-    """Mean squared difference of pictures in [-1, 1]."""
+def image_mse(a: UInt8[np.ndarray, "n H W 3"], b: UInt8[np.ndarray, "n H W 3"]) -> Float[np.ndarray, " n"]:
+    """Mean squared difference of images in [-1, 1]."""
     return np.square(to_float(a) - to_float(b)).mean(axis=(1, 2, 3))
 
 
 def bapps_triplets(root: str | Path, vae: Network, image_size: int, batch_size: int = 16) -> Triplets:
-    """Judgements in the layout of BAPPS: folders ref, p0, p1 of pictures and judge of .npy files, at any depth.
+    """Judgements in the layout of BAPPS: folders ref, p0, p1 of images and judge of .npy files, at any depth.
 
-    Pictures are encoded at ``image_size`` pixels. Raises UserError where the folders are not there or do not match.
+    Images are encoded at ``image_size`` pixels. Raises UserError where the folders are not there or do not match.
     """
     groups = sorted(folder.parent for folder in Path(root).rglob("judge") if folder.is_dir())
     if not groups:
@@ -123,12 +123,10 @@ def bapps_triplets(root: str | Path, vae: Network, image_size: int, batch_size: 
     parts = []
     for group in groups:
         judge = np.asarray([_judgement(file) for file in sorted((group / "judge").glob("*.npy"))], np.float32)
-        pictures = [RealImages(group / name, image_size) for name in LayoutFolders[:3]]
-        if any(len(p) != len(judge) for p in pictures):
-            raise UserError(
-                f"{group} has {len(judge)} judgements for {', '.join(str(len(p)) for p in pictures)} pictures."
-            )
-        ref, p0, p1 = (np.concatenate(list(_encoded(vae, p, batch_size))) for p in pictures)
+        images = [RealImages(group / name, image_size) for name in LayoutFolders[:3]]
+        if any(len(p) != len(judge) for p in images):
+            raise UserError(f"{group} has {len(judge)} judgements for {', '.join(str(len(p)) for p in images)} images.")
+        ref, p0, p1 = (np.concatenate(list(_encoded(vae, p, batch_size))) for p in images)
         parts.append(Triplets(ref, p0, p1, judge))
     return Triplets(*(np.concatenate(fields) for fields in zip(*parts, strict=True)))
 
@@ -140,8 +138,8 @@ def _judgement(file: Path) -> float:
     return float(values[0])
 
 
-def _encoded(vae: Network, pictures: RealImages, n: int) -> Iterator[np.ndarray]:
-    for batch in pictures.batches(n, len(pictures)):
+def _encoded(vae: Network, images: RealImages, n: int) -> Iterator[np.ndarray]:
+    for batch in images.batches(n, len(images)):
         padded = np.concatenate([batch, np.repeat(batch[-1:], n - len(batch), axis=0)])
         yield encode(vae, padded)[: len(batch)]
 

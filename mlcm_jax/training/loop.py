@@ -112,7 +112,7 @@ def _write_sample(image: np.ndarray, step: int, workdir: epath.Path, writer: Met
 class StopOnSignal:
     """While it is entered, SIGTERM, which a pre-empted machine gets some seconds before it goes, is remembered.
 
-    Of several processes jax takes the signal, tells the others and names the step at which all stop.
+    Of several processes jax takes the signal, informs the others and names the step at which all stop.
     """
 
     def __enter__(self) -> "StopOnSignal":

@@ -1,4 +1,4 @@
-"""What a run tells of itself on its way: losses, learning rate, speed, memory, and steps that take very long."""
+"""What a run reports: losses, learning rate, speed, memory, and steps that take very long."""
 
 import sys
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Metrics and pictures for Weights & Biases, as an extra: pip install mlcm_jax[wandb]."""
+"""Metrics and images for Weights & Biases, as an extra: pip install mlcm_jax[wandb]."""
 
 import importlib.util
 import uuid

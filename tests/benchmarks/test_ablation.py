@@ -47,7 +47,7 @@ def test_an_unknown_row_is_refused():
 
 @pytest.fixture(scope="module")
 def ablation(tmp_path_factory):
-    """ablation(**flags) -> the finished process; two steps of two examples, eight pictures."""
+    """ablation(**flags) -> the finished process; two steps of two examples, eight images."""
     folder = tmp_path_factory.mktemp("ablation")
     (folder / "teacher").mkdir()
     defaults = {"teacher": save_sdxl(folder / "teacher", gain=10.0), "out": folder / "out"}

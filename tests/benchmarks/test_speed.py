@@ -1,4 +1,4 @@
-"""The speed benchmarks' two sides do the same work: equal losses, equal pictures, equal numbers of UNet evaluations."""
+"""The speed benchmarks' two sides do the same work: equal losses, equal images, equal numbers of UNet evaluations."""
 
 import sys
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_losses_and_evaluations_of_the_training_step_are_torchs(trainable, tmp_p
 
 
 @pytest.mark.slow  # compiles a sampler and a decoder: half a minute
-def test_pictures_are_torchs(tmp_path):
+def test_images_are_torchs(tmp_path):
     assert sample.check("small", "float32", tmp_path) <= 1
 
 

@@ -89,15 +89,15 @@ def test_a_column_of_lists_takes_turns(tmp_path):
 
 
 class Captioned(tfds.core.GeneratorBasedBuilder):
-    """Pictures with captions, laid out as coco_captions is."""
+    """Images with captions, laid out as coco_captions is."""
 
     VERSION = tfds.core.Version("1.0.0")
     code_path = epath.Path(__file__)
 
     def _info(self):
         captions = tfds.features.Sequence({"id": np.int64, "text": tfds.features.Text()})
-        picture = tfds.features.Tensor(shape=(2, 2), dtype=np.uint8)
-        features = {"image": picture, "image/filename": tfds.features.Text(), "captions": captions}
+        image = tfds.features.Tensor(shape=(2, 2), dtype=np.uint8)
+        features = {"image": image, "image/filename": tfds.features.Text(), "captions": captions}
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):

@@ -13,8 +13,8 @@ from PIL import Image
 from tiny_models import TEXT, randomise, tiny_tokenizer
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
+from mlcm_jax.data.real_images import RealImages
 from mlcm_jax.errors import UserError
-from mlcm_jax.evaluation.real_images import RealImages
 
 ROOT = Path(__file__).parents[2]
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -1,4 +1,4 @@
-"""The emoji data set, built from a few drawn pictures in place of the downloaded packages."""
+"""The emoji data set, built from a few drawn images in place of the downloaded packages."""
 
 import base64
 import hashlib
@@ -37,11 +37,11 @@ FORMS = ["2764-fe0f", "1f44b", "1f44b-1f3fb", "1f1ef-1f1f5", "262f-fe0f"]
 
 
 def draw(size: tuple[int, int]) -> Image.Image:
-    """A clear picture with a blue block in its middle, half as wide and high."""
-    picture = Image.new("RGBA", size, (0, 0, 0, 0))
+    """A clear image with a blue block in its middle, half as wide and high."""
+    image = Image.new("RGBA", size, (0, 0, 0, 0))
     width, height = size
-    picture.paste(BLUE, (width // 4, height // 4, width * 3 // 4, height * 3 // 4))
-    return picture
+    image.paste(BLUE, (width // 4, height // 4, width * 3 // 4, height * 3 // 4))
+    return image
 
 
 @pytest.fixture
@@ -55,14 +55,14 @@ def packages(tmp_path: Path) -> Path:
     for source in sources.SOURCES:
         folder = tmp_path / "packages" / source.stem / "package" / source.images
         folder.mkdir(parents=True)
-        picture, ending, forms = drawn[source.style]
+        image, ending, forms = drawn[source.style]
         for form in forms:
-            picture.save(folder / f"{form}{ending}", **({"lossless": True} if ending == ".webp" else {}))
+            image.save(folder / f"{form}{ending}", **({"lossless": True} if ending == ".webp" else {}))
     sources.names_file(tmp_path / "packages").write_text(json.dumps(ENTRIES))
     return tmp_path / "packages"
 
 
-def test_builder_reads_back_every_picture_with_its_caption(packages: Path, tmp_path: Path):
+def test_builder_reads_back_every_image_with_its_caption(packages: Path, tmp_path: Path):
     dataset.build(tmp_path / "data", packages)
     train = dataset.load_split(tmp_path / "data", "train")
     expected = {
@@ -84,7 +84,7 @@ def test_builder_reads_back_every_picture_with_its_caption(packages: Path, tmp_p
     assert "tensorflow" not in sys.modules
 
 
-def test_pictures_that_are_not_square_keep_their_shape(tmp_path: Path):
+def test_images_that_are_not_square_keep_their_shape(tmp_path: Path):
     Image.new("RGBA", (128, 256), BLUE).save(tmp_path / "tall.png")
     image = dataset.read_image(tmp_path / "tall.png")
     assert image[32, 2].tolist() == [255, 255, 255] and image[32, 61].tolist() == [255, 255, 255]

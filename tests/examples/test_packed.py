@@ -171,7 +171,7 @@ def test_figures_of_samples(tmp_path: Path, monkeypatch):
     assert asked == [(8 + 16, 3.0), (8 + 16, 5.0)]
     row = json.loads((tmp_path / "figures.json").read_text())["figures"][0]
     assert -1 < row["clip-own_score"]["value"] < 1
-    assert row["frechet_distance/clip"]["value"] == pytest.approx(0, abs=1e-6)  # the real pictures themselves
+    assert row["frechet_distance/clip"]["value"] == pytest.approx(0, abs=1e-6)  # the real images themselves
     assert Image.open(tmp_path / "grid.png").width == 8 * 66 - 2
 
 

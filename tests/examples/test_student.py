@@ -15,7 +15,7 @@ CAPTION = "grinning face, twemoji style"
 
 @pytest.fixture(scope="module")
 def drawn(launch, tmp_path_factory):
-    """Picture and noise of a program that is told the caption and the largest seed alone."""
+    """Image and noise of a program that is told the caption and the largest seed alone."""
     folder = tmp_path_factory.mktemp("student")
     result = launch(
         "sample",
@@ -33,7 +33,7 @@ def test_diffusers_draws_the_same(drawn):
     import torch
     from diffusers import StableDiffusionXLPipeline, TCDScheduler
 
-    picture, noise = drawn
+    image, noise = drawn
     pipe = StableDiffusionXLPipeline.from_pretrained(EMOJI / "teacher", torch_dtype=torch.float32)
     pipe.load_lora_weights(EMOJI / "student")
     pipe.scheduler = TCDScheduler.from_pretrained(EMOJI / "student")
@@ -41,7 +41,7 @@ def test_diffusers_draws_the_same(drawn):
     theirs = pipe(
         CAPTION, num_inference_steps=4, guidance_scale=1, latents=torch.from_numpy(noise), height=64, width=64
     )
-    assert np.abs(np.asarray(theirs.images[0]).astype(int) - picture).max() <= 2
+    assert np.abs(np.asarray(theirs.images[0]).astype(int) - image).max() <= 2
 
 
 def test_all_bits_of_the_seed_count(drawn):

@@ -1,4 +1,4 @@
-"""The programs that train the emoji teacher: each recipe's update, and all of them in turn on made-up pictures."""
+"""The programs that train the emoji teacher: each recipe's update, and all of them in turn on made-up images."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ import recipe  # noqa: E402
 from emoji_dataset import dataset, names, sources  # noqa: E402
 from training import start  # noqa: E402
 
-NUM_NAMES = 450  # enough for 64 held-out pictures, which the programs measure at a time
+NUM_NAMES = 450  # enough for 64 held-out images, which the programs measure at a time
 
 
 @pytest.mark.parametrize("training", ["AUTOENCODER", "CLIP", "CHINESE", "UNET"])
@@ -100,5 +100,5 @@ def test_the_programs_in_turn_leave_a_pipeline(tmp_path: Path):
     pipeline = StableDiffusionXLPipeline.from_pretrained(
         tmp_path / "finished", torch_dtype=torch.float32, add_watermarker=False
     )
-    picture = np.asarray(pipeline("red heart", num_inference_steps=2, height=64, width=64).images[0])
-    assert picture.shape == (64, 64, 3) and picture.std() > 0
+    image = np.asarray(pipeline("red heart", num_inference_steps=2, height=64, width=64).images[0])
+    assert image.shape == (64, 64, 3) and image.std() > 0

@@ -73,7 +73,7 @@ CONFIGS = {
 
 
 def inputs(config):
-    """(sample, timesteps, conditioning, timestep_cond); the picture is wider than high."""
+    """(sample, timesteps, conditioning, timestep_cond); the image is wider than high."""
     rng = np.random.default_rng(0)
     side = 2 ** (len(config["block_out_channels"]) - 1)
     conditioning = TextConditioning(

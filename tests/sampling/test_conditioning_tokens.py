@@ -84,7 +84,7 @@ def test_zeros_by_default_for_sdxl_only(pipeline):
 @pytest.mark.parametrize("n", [8, 9, 21])
 def test_all_chunks_are_one_compilation(pipeline, n, monkeypatch):
     monkeypatch.setattr(conditioning, "CHUNK", 8)
-    prompts = [f"picture {i}" for i in range(n)]
+    prompts = [f"image {i}" for i in range(n)]
     conditioning._encode.clear_cache()
     got = encode_prompts(pipeline, prompts, 64)
     assert conditioning._encode._cache_size() == 1

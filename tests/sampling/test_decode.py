@@ -1,4 +1,4 @@
-"""Pictures from latents: in tiles as diffusers' enable_tiling makes them, and with another autoencoder."""
+"""Images from latents: in tiles as diffusers' enable_tiling makes them, and with another autoencoder."""
 
 import dataclasses
 from functools import partial
@@ -65,7 +65,7 @@ def test_tiles_of_a_decoder_without_context_are_the_whole(vae):
     np.testing.assert_allclose(got, whole, atol=1e-6)
 
 
-def test_pictures_of_a_batch_are_one_program_and_uint8_when_they_are_fetched(vae, monkeypatch):
+def test_images_of_a_batch_are_one_program_and_uint8_when_they_are_fetched(vae, monkeypatch):
     latents = np.random.default_rng(0).standard_normal((3, 4, 4, 4), np.float32)
     one_by_one = np.concatenate([decode(vae, latents[i : i + 1]) for i in range(3)])
     calls, run = [], mlcm_jax.sampling.decode.decoding_program

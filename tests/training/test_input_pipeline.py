@@ -27,7 +27,7 @@ from mlcm_jax.training.stages import read_stages
 from mlcm_jax.training.text_conditioning import open_states, read_texts
 from mlcm_jax.types import Batch
 
-PROMPTS = TextLines([f"a picture of {thing}" for thing in ("a cat", "a dog", "the sun", "rain", "a red house")])
+PROMPTS = TextLines([f"an image of {thing}" for thing in ("a cat", "a dog", "the sun", "rain", "a red house")])
 STAGES = ({"start": 7, "num_segments": 1}, {"start": 12, "states": "mds"})
 NUM_STEPS = 14
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}

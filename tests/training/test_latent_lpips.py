@@ -92,8 +92,8 @@ def test_judgements_in_bapps_layout(tmp_path, vae_folder):
     for name in ("ref", "p0", "p1"):
         (tmp_path / "cnn" / name).mkdir(parents=True)
         for i in range(3):
-            picture = np.random.default_rng(i).integers(0, 255, (16, 16, 3), np.uint8)
-            Image.fromarray(picture).save(tmp_path / "cnn" / name / f"{i:06d}.png")
+            image = np.random.default_rng(i).integers(0, 255, (16, 16, 3), np.uint8)
+            Image.fromarray(image).save(tmp_path / "cnn" / name / f"{i:06d}.png")
     vae = load_network(vae_folder, "AutoencoderKL")
     with pytest.raises(UserError, match="holds no judgements"):
         bapps_triplets(tmp_path, vae, 16)
@@ -104,7 +104,7 @@ def test_judgements_in_bapps_layout(tmp_path, vae_folder):
     assert triplets.ref.shape == (3, 8, 8, 4)
     np.testing.assert_array_equal(triplets.judge, [0.0, 0.5, 1.0])
     (tmp_path / "cnn" / "judge" / "000002.npy").unlink()
-    with pytest.raises(UserError, match="2 judgements for 3, 3, 3 pictures"):
+    with pytest.raises(UserError, match="2 judgements for 3, 3, 3 images"):
         bapps_triplets(tmp_path, vae, 16)
 
 

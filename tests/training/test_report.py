@@ -50,7 +50,7 @@ def test_a_rate_holds_the_steps_alone(monkeypatch):
         with timer.waiting():
             fake.now += 0.25
         timer.queued(device.queue(), flops=8.0)
-    with timer.aside():  # a picture
+    with timer.aside():  # an image
         fake.now += 1000
     timer.queued(device.queue(), flops=4.0)
     rate = timer.rate()

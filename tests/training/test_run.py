@@ -47,7 +47,7 @@ def test_a_run_says_what_it_does_and_leaves_all_its_files(finished):
     assert [line.split()[0] for line in lines[1:7]] == plan
     assert "1 x cpu, mesh data 1 x fsdp 1 x tensor 1" in out and "32 x 32 px" in out
     assert lines[7].startswith("  compiled  stage 1 after ") and lines[7].endswith(" temporaries)")
-    assert lines[8:] == [f"The student is in {workdir / 'export'}, its pictures are in {workdir / 'samples'}."]
+    assert lines[8:] == [f"The student is in {workdir / 'export'}, its images are in {workdir / 'samples'}."]
     bar = err.replace("\r", "\n").strip().splitlines()
     bar = [line for line in bar if "Waiting for previous save" not in line]  # orbax, on a busy machine
     assert f"{NUM_STEPS}/{NUM_STEPS}" in bar[-1] and "loss=" in bar[-1] and "examples_per_s=" in bar[-1]
@@ -60,8 +60,8 @@ def test_a_run_says_what_it_does_and_leaves_all_its_files(finished):
     assert not set(speeds) & set(lines[0]), "the first step also sets things up"
     assert all(line[name] > 0 for line in lines[1:] for name in speeds)
     assert saved_steps(workdir) == [10, 12]
-    pictures = {p.name for p in (workdir / "samples").iterdir()}
-    assert pictures == {"final.png", "closeness.png", "loss.png", f"step_{NUM_STEPS:06d}.png"}
+    images = {p.name for p in (workdir / "samples").iterdir()}
+    assert images == {"final.png", "closeness.png", "loss.png", f"step_{NUM_STEPS:06d}.png"}
     (distances,) = json.loads((workdir / "results.json").read_text()).values()
     assert set(distances["student"]) == {"1", "4"} and all(v > 0 for v in distances["student"].values())
     assert any((workdir / "tb").iterdir())
@@ -132,7 +132,7 @@ def stock(finished):
 
 
 def draw(pipe, latents: Path, num_steps: int) -> np.ndarray:
-    """Stock diffusers' picture, uint8 [H, W, 3]."""
+    """Stock diffusers' image, uint8 [H, W, 3]."""
     import torch
 
     noise = torch.from_numpy(np.load(latents))
@@ -140,15 +140,15 @@ def draw(pipe, latents: Path, num_steps: int) -> np.ndarray:
     return np.round(images[0] * 255).astype(np.uint8)
 
 
-def assert_same_picture(ours: np.ndarray, theirs: np.ndarray) -> None:
+def assert_same_image(ours: np.ndarray, theirs: np.ndarray) -> None:
     assert ours.shape == theirs.shape == (32, 32, 3) and theirs.std() > 5
     assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 2
 
 
 @pytest.mark.parametrize("num_steps", STEPS)
-def test_stock_diffusers_draws_the_same_pictures(programs, finished, stock, latents, num_steps):
+def test_stock_diffusers_draws_the_same_images(programs, finished, stock, latents, num_steps):
     ours = programs.sample(finished[0] / "export", latents, num_steps)
-    assert_same_picture(ours, draw(stock, latents, num_steps))
+    assert_same_image(ours, draw(stock, latents, num_steps))
 
 
 TARGETS = ("/to_(q|k|v|out_0)$", "/proj_(in|out)$", "/ff/net_2$", "/conv[12]$", "/time_emb_proj$")
@@ -188,14 +188,14 @@ def test_diffusers_loads_the_lora_on_the_teacher(programs, lora_run, latents, fo
     pipe.load_lora_weights(lora)
     theirs = draw(pipe, latents, 4)
     assert np.abs(theirs.astype(int) - without).max() > 10, "the LoRA changes too little to be compared"
-    assert_same_picture(programs.sample(lora_run / "export", latents, 4), theirs)
+    assert_same_image(programs.sample(lora_run / "export", latents, 4), theirs)
 
 
-def test_a_single_file_draws_the_same_pictures(programs, lora_run, latents):
+def test_a_single_file_draws_the_same_images(programs, lora_run, latents):
     """The sampler beside it, with the teacher's settings and tokenizers."""
     file = exported(programs, lora_run, "single_file") / "model.safetensors"
     ours = programs.sample(file, latents, 4, f"--architecture={programs.teacher}")
-    assert_same_picture(ours, programs.sample(lora_run / "export", latents, 4))
+    assert_same_image(ours, programs.sample(lora_run / "export", latents, 4))
 
 
 def test_a_run_goes_on_from_a_lora(programs, lora_run, latents):
@@ -204,4 +204,4 @@ def test_a_run_goes_on_from_a_lora(programs, lora_run, latents):
     settings = LORA | {"lora.start": lora, "num_steps": 1, "optim.learning_rate": 1e-9}
     programs.run("train", *programs.train_args(workdir, **settings))
     before, after = (programs.sample(run / "export", latents, 4) for run in (lora_run, workdir))
-    assert_same_picture(after, before)
+    assert_same_image(after, before)

@@ -1,4 +1,4 @@
-"""The pictures of a run on its way."""
+"""The images of a run on its way."""
 
 from types import SimpleNamespace
 

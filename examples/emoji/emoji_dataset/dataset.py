@@ -25,7 +25,7 @@ TEXT_FEATURES = ("caption", "name", "style", "skin_tone", "category")
 
 
 class EmojiSplit(TypedDict):
-    """A whole split in memory; row i of every entry describes the same picture."""
+    """A whole split in memory; row i of every entry describes the same image."""
 
     image: UInt8[np.ndarray, "n 64 64 3"]
     caption: list[str]
@@ -36,7 +36,7 @@ class EmojiSplit(TypedDict):
 
 
 class Emoji(tfds.core.GeneratorBasedBuilder):
-    """Emoji drawn in three styles, each 64 px picture with a caption."""
+    """Emoji drawn in three styles, each 64 px image with a caption."""
 
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = "Run examples/emoji/build_data.py, which fetches the packages with npm."
@@ -78,11 +78,11 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
 
 
 def read_image(path: Path) -> UInt8[np.ndarray, "64 64 3"]:
-    """A picture composited on white, padded to a square and resized (Lanczos) to 64 px."""
-    picture = open_image(path, "RGBA")
-    side = max(picture.size)
+    """An image composited on white, padded to a square and resized (Lanczos) to 64 px."""
+    image = open_image(path, "RGBA")
+    side = max(image.size)
     canvas = Image.new("RGBA", (side, side), "white")
-    canvas.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    canvas.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))
     return np.asarray(canvas.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS))
 
 
@@ -94,7 +94,7 @@ def build(data_dir: Path, packages_dir: Path) -> None:
 
 
 def load_split(data_dir: str | Path, split: str) -> EmojiSplit:
-    """Read one split, "train" or "heldout", whole: about 12 KiB a picture.
+    """Read one split, "train" or "heldout", whole: about 12 KiB an image.
 
     Raises:
         UserError: the split is neither of the two, or `data_dir` holds no finished build.

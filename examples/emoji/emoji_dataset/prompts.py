@@ -20,14 +20,14 @@ def plain_captions(split: EmojiSplit) -> list[str]:
 
 
 def rows_of(split: EmojiSplit, captions: Sequence[str]) -> list[int]:
-    """Where the split has the pictures of these captions.
+    """Where the split has the images of these captions.
 
     Raises:
         UserError: it has none of one of them.
     """
     places = {caption: i for i, caption in enumerate(split["caption"])}
     if absent := [caption for caption in captions if caption not in places]:
-        raise UserError(f"This split has no picture of {absent[0]!r}: choose the other --split or other --prompts.")
+        raise UserError(f"This split has no image of {absent[0]!r}: choose the other --split or other --prompts.")
     return [places[caption] for caption in captions]
 
 
