@@ -7,7 +7,8 @@
 One segment, noised latents in place of trajectories, x0 as the target, a moving average that makes it, pseudo-Huber.
 The latents are the teacher's own images; --images=... encodes others. Budget and optimizer are configs/emoji.py's.
 The guidance scale is drawn from 3 to 15 (2 to 14 as the paper counts it, w of eps_c + w (eps_c - eps_u)) and the
-student is conditioned on it, so launch/sample.py and diffusers take guidance_scale. Not measured yet with this range; README.md has LCM at one scale, from configs/emoji_ablation.py:lcm.
+student is conditioned on it, so launch/sample.py and diffusers take guidance_scale. Not
+measured yet with this range; docs/ablation.md has LCM at one scale, from configs/emoji_ablation.py:lcm.
 """
 
 from ml_collections import ConfigDict
