@@ -21,7 +21,8 @@ from ml_collections import config_flags
 
 from mlcm_jax.cli import run_main
 from mlcm_jax.errors import UserError
-from mlcm_jax.hub.save import to_json
+from mlcm_jax.hub.save import write_json
+from mlcm_jax.outputs import check_file
 from mlcm_jax.training.batch_plan import source_of
 from mlcm_jax.training.checks import validate
 from mlcm_jax.training.compile_steps import StepMemory, compile_step, step_memory
@@ -125,6 +126,8 @@ def leave():
 
 
 def main():
+    if OUT.value:
+        check_file("out", OUT.value)
     config = CONFIG.value
     validate(config)
     devices = topology_devices(TOPOLOGY.value)
@@ -159,7 +162,7 @@ def main():
     print(f"{done:>10}  in {seconds:.0f} s: {memory}, which has {figures['hbm_gb']} GB")
     print(" exchanged  " + (", ".join(f"{kind} {moved / 1e9:.3g} GB" for kind, moved in traffic.items()) or "nothing"))
     if OUT.value:
-        Path(OUT.value).write_text(to_json(figures, indent=2) + "\n")
+        write_json(figures, OUT.value)
     if MEMORY_ONLY.value:
         leave()
 

@@ -21,6 +21,7 @@ from mlcm_jax.hub.pipeline import save_pipeline
 from mlcm_jax.hub.single_file import save_single_file
 from mlcm_jax.hub.text import with_text
 from mlcm_jax.model_flags import load_model
+from mlcm_jax.outputs import check_file, check_folder
 
 TEXT = flags.DEFINE_string("text", None, "Folder of text encoders and tokenizers to use in place of the model's own.")
 LORA = flags.DEFINE_multi_string("lora", None, "LoRA to fold in, PLACE or PLACE:SCALE; give it again for more.")
@@ -34,6 +35,7 @@ def main():
     if out.exists() and (single or not out.is_dir() or any(out.iterdir())):
         what = "exists" if single else "exists and is not an empty folder"
         raise UserError(f"--out={out} {what}: choose another.")
+    (check_file if single else check_folder)("out", out)
     for entry in LORA.value or []:
         parse_lora(entry)  # answers a mistake before the model is read
     pipeline = load_model()

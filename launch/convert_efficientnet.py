@@ -19,6 +19,7 @@ from mlcm_jax.cli import run_main
 from mlcm_jax.data.real_images import RealImages
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.save import Entry, write_json, write_safetensors
+from mlcm_jax.outputs import check_folder
 from mlcm_jax.rewards.nearest_reference import save_reference
 from mlcm_jax.rewards.networks.efficientnet_lite import VARIANTS
 
@@ -31,6 +32,7 @@ UNUSED = ("_fc.", "num_batches_tracked")
 
 
 def main():
+    check_folder("out", OUT.value)
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise UserError(f"{', '.join(missing)} is not installed: run python -m pip install -e .[judge] first.")
     import torch

@@ -10,7 +10,6 @@ makes one for each prompt. Text states are for config.text_states: with them a t
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -26,6 +25,7 @@ from mlcm_jax.errors import UserError
 from mlcm_jax.hub.model_index import TEXT_ENCODERS
 from mlcm_jax.hub.pipeline import Pipeline
 from mlcm_jax.model_flags import load_model
+from mlcm_jax.outputs import check_file
 from mlcm_jax.rng import MAX_SEED
 from mlcm_jax.sampling.conditioning import encode_prompts, unconditional
 from mlcm_jax.sampling.decode import encode
@@ -80,7 +80,6 @@ def write_latents(images: str | None, prompts: str | None) -> str:
     else:
         batches = sampled(pipeline, read_prompts(prompts, PROMPTS_COLUMN.value))
     latents = np.concatenate(list(batches))
-    Path(OUT.value).parent.mkdir(parents=True, exist_ok=True)
     save_latents(latents, OUT.value)
     return f"{len(latents)} latents of {list(latents.shape[1:])} (height, width, channels)"
 
@@ -113,6 +112,7 @@ def _states(conditioning: TextConditioning) -> States:
 
 
 def main():
+    check_file("out", OUT.value)
     images, prompts, sample_prompts = IMAGES.value, PROMPTS.value, SAMPLE_PROMPTS.value
     if TEXT_ONLY.value:
         if prompts is None or sample_prompts is None or images is not None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from mlcm_jax.cli import run_main
+from mlcm_jax.outputs import check_folder
 from mlcm_jax.training.export import FORMATS, export
 from mlcm_jax.training.run import read_student
 
@@ -20,6 +21,7 @@ DTYPE = flags.DEFINE_enum("dtype", "float16", ["float32", "float16", "bfloat16"]
 
 
 def main():
+    check_folder("out", OUT.value, remote=True)
     jax.config.update("jax_platforms", "cpu")
     config, pipeline, trained = read_student(WORKDIR.value, FORMAT.value)
     export(pipeline, trained, config, OUT.value, format=FORMAT.value, dtype=jnp.dtype(DTYPE.value))

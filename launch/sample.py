@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from PIL import Image
 
 from mlcm_jax.cli import run_main
 from mlcm_jax.data.npy import read_npy
@@ -23,9 +22,10 @@ from mlcm_jax.hub.lora import parse_lora, with_loras
 from mlcm_jax.hub.pipeline import Pipeline
 from mlcm_jax.hub.text import with_text
 from mlcm_jax.hub.vae import load_vae
-from mlcm_jax.images import image_grid
+from mlcm_jax.images import image_grid, write_image
 from mlcm_jax.model_flags import MODEL, load_model
 from mlcm_jax.models.attention_backend import BACKENDS, AttentionBackend
+from mlcm_jax.outputs import atomic_write, check_file, check_image_file
 from mlcm_jax.rng import MAX_SEED
 from mlcm_jax.sampling.decode import TILING
 from mlcm_jax.sampling.text_to_image import TextToImage
@@ -80,6 +80,9 @@ def given_noise(pipeline: Pipeline, num_prompts: int) -> jax.Array:
 
 
 def main():
+    check_image_file("out", OUT.value)
+    if SAVE_LATENTS.value:
+        check_file("save_latents", SAVE_LATENTS.value, ".npy")
     prompts = asked_prompts()
     for entry in LORA.value or []:
         parse_lora(entry)  # answers a mistake before the model is read
@@ -99,7 +102,8 @@ def main():
     else:
         noise = given_noise(pipeline, len(prompts))
     if SAVE_LATENTS.value:
-        np.save(SAVE_LATENTS.value, np.asarray(noise).transpose(0, 3, 1, 2))
+        with atomic_write(SAVE_LATENTS.value) as f:
+            np.save(f, np.asarray(noise).transpose(0, 3, 1, 2))
     images = sampler(
         prompts,
         num_steps=STEPS.value,
@@ -110,10 +114,9 @@ def main():
         vae_tiling=VAE_TILING.value,
     )
     n = len(images)
-    out = Path(OUT.value)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(images[0] if n == 1 else image_grid(images, columns=min(n, 8))).save(out)
-    print(f"{out}: {n} image{'s' if n > 1 else ''}, {STEPS.value} steps of {pipeline.scheduler_config['_class_name']}")
+    write_image(images[0] if n == 1 else image_grid(images, columns=min(n, 8)), OUT.value)
+    what = f"{n} image{'s' if n > 1 else ''}, {STEPS.value} steps of {pipeline.scheduler_config['_class_name']}"
+    print(f"{OUT.value}: {what}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from mlcm_jax.evaluation.metrics.perceptual_distance import perceptual_distance
 from mlcm_jax.hub.pipeline import WEIGHT_FILES, Network, load_pipeline
 from mlcm_jax.hub.save import save_params
 from mlcm_jax.models.latent_lpips import LatentLPIPS
+from mlcm_jax.outputs import check_folder
 from mlcm_jax.rewards.clip_features import load_clip_encoder
 from mlcm_jax.rng import MAX_SEED, next_seed
 from mlcm_jax.sampling.decode import encode
@@ -72,6 +73,7 @@ def report(step: int, loss: float):
 
 
 def main():
+    check_folder("out", OUT.value)
     if (BAPPS.value is None) == (IMAGES.value is None):
         raise UserError("Give either --bapps, judgements, or --images, images to distort.")
     config = {"_class_name": "LatentLPIPS", "block_out_channels": widths(), "layers_per_block": [2, 2, 3, 3, 3]}

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from mlcm_jax.compilation_cache import use_compilation_cache
 from mlcm_jax.errors import UserError
+from mlcm_jax.outputs import disk_error
 
 EXIT_STATUS = 2
 COMPILATION_CACHE = flags.DEFINE_string(
@@ -113,5 +114,10 @@ def run_main(main: Callable[[], Any]):
             main()
         except UserError as e:
             _fail(e)
+        except Exception as e:
+            said = disk_error(e)
+            if said is None:
+                raise
+            _fail(said)
 
     app.run(guarded, flags_parser=_parse_flags)

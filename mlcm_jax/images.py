@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageOps
 
 from mlcm_jax.errors import UserError
+from mlcm_jax.outputs import atomic_write, image_format
 
 
 def to_uint8(images: Float[Array, "n H W 3"]) -> UInt8[Array, "n H W 3"]:
@@ -49,6 +50,6 @@ def image_grid(images: UInt8[np.ndarray, "n H W 3"], columns: int, gap: int = 2)
 
 
 def write_image(image: UInt8[np.ndarray, "H W 3"], path: epath.PathLike) -> None:
-    """Write a PNG file, here or at gs://."""
-    with epath.Path(path).open("wb") as f:
-        Image.fromarray(image).save(f, format="PNG")
+    """Write a file in the format that its suffix names, here or at gs://; it takes its name when it is whole."""
+    with atomic_write(path) as f:
+        Image.fromarray(image).save(f, format=image_format(path))

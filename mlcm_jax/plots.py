@@ -8,6 +8,8 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
+from mlcm_jax.outputs import atomic_write
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -89,6 +91,6 @@ def plot_against_steps(
 
 
 def _write(figure: Figure, path: epath.PathLike) -> None:
-    with epath.Path(path).open("wb") as f:
+    with atomic_write(path) as f:
         figure.savefig(f, dpi=110, format="png")
     plt.close(figure)

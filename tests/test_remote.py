@@ -12,8 +12,9 @@ from etils.epath import backend, gpath
 from PIL import Image
 from safetensors.numpy import load_file
 
-from mlcm_jax.hub.save import atomic_write, copy_folder, is_remote, save_params, write_json
+from mlcm_jax.hub.save import copy_folder, save_params, write_json
 from mlcm_jax.images import write_image
+from mlcm_jax.outputs import atomic_write, is_remote
 from mlcm_jax.plots import plot_loss
 from mlcm_jax.training import metrics
 from mlcm_jax.training.checkpoint import _absolute

@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from mlcm_jax.errors import UserError
-from mlcm_jax.hub.save import atomic_write
 from mlcm_jax.hub.tensor_reader import find_weights
+from mlcm_jax.outputs import atomic_write
 
 MAX_BYTES = 30_000_000
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from mlcm_jax.errors import UserError
+from mlcm_jax.hub.save import Entry, write_safetensors
 
 NAME = "latents"
 
@@ -41,4 +41,5 @@ class LatentFile:
 
 def save_latents(latents: Float[np.ndarray, "n h w c"], path: str | Path) -> None:
     """Write a latents file, float32."""
-    save_file({NAME: np.ascontiguousarray(latents.transpose(0, 3, 1, 2), np.float32)}, path)
+    rows = latents.transpose(0, 3, 1, 2)
+    write_safetensors([Entry([NAME], rows.shape, np.dtype(np.float32), lambda: [rows])], path)

@@ -17,6 +17,7 @@ from mlcm_jax.evaluation.provenance import provenance
 from mlcm_jax.evaluation.report import write_report
 from mlcm_jax.evaluation.sampling import Sampler, check_samplers, image_size
 from mlcm_jax.hub.pipeline import Pipeline, load_pipeline
+from mlcm_jax.outputs import check_folder
 from mlcm_jax.rewards.clip_features import load_clip_encoder
 from mlcm_jax.rewards.registry import REWARD_MODELS, kind_of, parse_places
 from mlcm_jax.sampling.sample import default_guidance_scale
@@ -74,8 +75,7 @@ class Settings:
 
 def evaluate(settings: Settings, out: Path) -> str:
     """Sample, measure and write to ``out``; returns the tables. Raises UserError for settings that do not fit."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out} is a file: name a folder.")
+    check_folder("out", out)
     steps, prompts = step_counts(settings.steps), chosen_prompts(settings)
     networks = load_networks(settings)
     pipelines = load_pipelines(settings)

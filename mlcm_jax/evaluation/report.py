@@ -13,6 +13,8 @@ from PIL import Image
 from mlcm_jax.evaluation.measure import Column
 from mlcm_jax.evaluation.statistics.bootstrap import Figure
 from mlcm_jax.hub.save import write_json
+from mlcm_jax.images import write_image
+from mlcm_jax.outputs import atomic_write
 from mlcm_jax.plots import labelled_grid, plot_against_steps
 
 THUMBNAIL = 256  # pixels; larger images are made smaller for the grid
@@ -112,17 +114,17 @@ def write_report(
     rows: the model's and the baseline's. reference: the row that others are compared with. networks: as ``markdown``
     takes them. about: what results.json says beside the figures.
     """
-    out.mkdir(parents=True, exist_ok=True)
     columns = list(rows[0].figures)
     metrics = {c.key: {"title": c.title, "better": c.better, "against": c.against} for c in columns}
     settings = {"reference": reference.label if reference else None, "metrics": metrics, "columns": list(metrics)}
     settings["networks"] = dict(networks)
     write_json({**about, **settings, "rows": [_json_row(row, reference) for row in rows]}, out / "results.json")
     tables = markdown(rows, reference, networks)
-    (out / "results.md").write_text(tables, encoding="utf-8")
+    with atomic_write(out / "results.md") as f:
+        f.write(tables.encode())
     plot_against_steps({_panel(column): _curves(rows, column) for column in columns}, out / "metrics.png")
     grid = labelled_grid({row.label: _thumbnails(row.examples) for row in rows}, blocks=2)
-    Image.fromarray(grid).save(out / "grid.png")
+    write_image(grid, out / "grid.png")
     return tables
 
 

@@ -27,10 +27,11 @@ from mlcm_jax.hub.model_index import (
 from mlcm_jax.hub.network import NETWORKS, Network, ShardingRule, Weights, build_module, describe_network, load_network
 from mlcm_jax.hub.network import network_shapes as network_shapes
 from mlcm_jax.hub.network import parameter_shapes as parameter_shapes
-from mlcm_jax.hub.save import copy_folder, is_remote, save_params, write_json
+from mlcm_jax.hub.save import copy_folder, save_params, write_json
 from mlcm_jax.hub.single_file import LAYOUTS, open_single_file
 from mlcm_jax.hub.tensor_reader import find_weights, has_variant
 from mlcm_jax.models.attention_backend import AttentionBackend
+from mlcm_jax.outputs import is_remote
 from mlcm_jax.types import TextConditioning
 
 WEIGHT_FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}

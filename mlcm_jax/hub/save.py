@@ -1,13 +1,11 @@
 """Writing Flax parameters as diffusers' and transformers' folders: config.json and safetensors with torch's names."""
 
-import contextlib
 import json
 import math
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,6 +14,7 @@ from etils import epath
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub import names
 from mlcm_jax.hub.tensor_reader import DTYPES, is_finite
+from mlcm_jax.outputs import atomic_write
 from mlcm_jax.parallel.distributed import host_array
 from mlcm_jax.types import Params
 
@@ -30,28 +29,6 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], list[np.ndarray]]
-
-
-@contextlib.contextmanager
-def atomic_write(path: epath.PathLike) -> Iterator[IO[bytes]]:
-    """Open a file for writing, here or at gs://, that takes its real name only when it is complete and on the disk."""
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as f:
-            yield f
-            f.flush()
-            if not is_remote(path):
-                os.fsync(f.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def is_remote(path: epath.PathLike) -> bool:
-    """Whether a path is a URL, such as gs://bucket/folder."""
-    return "://" in os.fspath(path)
 
 
 def copy_folder(source: Path, target: epath.Path) -> None:

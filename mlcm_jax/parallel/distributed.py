@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mlcm_jax.errors import UserError
+from mlcm_jax.outputs import disk_error
 
 HEARTBEAT_TIMEOUT = 40.0  # seconds
 BEATS_IN_TIMEOUT = 10
@@ -164,6 +165,7 @@ class Watch:
         if LOST_PEER.search(str(error)) and not isinstance(error, UserError):
             time.sleep(2 * self._timeout)  # _look ends the process before that
         self._done.set()
+        error = disk_error(error) or error
         if isinstance(error, UserError):
             print("error: " + " ".join(str(error).split()), file=sys.stderr)
         else:

@@ -9,7 +9,7 @@ from etils import epath
 
 from mlcm_jax.distillation.state import TrainState
 from mlcm_jax.errors import UserError
-from mlcm_jax.hub.save import is_remote
+from mlcm_jax.outputs import is_remote
 from mlcm_jax.types import Params
 
 SAVED_NAMES = {"trajectory_buffer": "pool", "critics": "rivals"}  # of TrainState's fields: files keep their first names

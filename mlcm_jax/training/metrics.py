@@ -9,7 +9,8 @@ import tensorboardX
 from etils import epath
 from tqdm import tqdm
 
-from mlcm_jax.hub.save import atomic_write, is_remote, to_json
+from mlcm_jax.hub.save import to_json
+from mlcm_jax.outputs import atomic_write, is_remote
 from mlcm_jax.parallel.distributed import is_first
 from mlcm_jax.training.wandb_run import WandbRun
 

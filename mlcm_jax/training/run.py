@@ -20,6 +20,7 @@ from mlcm_jax.hub.lora_reader import load_lora
 from mlcm_jax.hub.pipeline import Pipeline, load_part, load_pipeline, read_architecture
 from mlcm_jax.hub.save import write_json
 from mlcm_jax.models import lora
+from mlcm_jax.outputs import check_folder
 from mlcm_jax.parallel import sharding
 from mlcm_jax.parallel.distributed import is_first, meet, say
 from mlcm_jax.plots import plot_loss
@@ -62,6 +63,8 @@ def distill(
     Of several processes all must call; the first prints and writes. Raises UserError, before anything is compiled, for
     input that cannot work.
     """
+    if not (plan_only or compile_only):
+        check_folder("workdir", workdir, remote=True)
     workdir = epath.Path(workdir)
     check_resume(config, workdir, new_learning_rate=new_learning_rate)
     check_wandb(config)

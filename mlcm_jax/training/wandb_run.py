@@ -10,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mlcm_jax.errors import UserError
-from mlcm_jax.hub.save import is_remote
+from mlcm_jax.outputs import is_remote
 
 ID_FILE = "wandb_id"
 

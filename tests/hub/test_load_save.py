@@ -17,8 +17,9 @@ from mlcm_jax.hub import save
 from mlcm_jax.hub.load import find_weights, load_params
 from mlcm_jax.hub.names import walk
 from mlcm_jax.hub.pipeline import load_network, network_shapes
-from mlcm_jax.hub.save import atomic_write, save_params
+from mlcm_jax.hub.save import save_params
 from mlcm_jax.models.vae import AutoencoderKL
+from mlcm_jax.outputs import atomic_write
 
 NAME = "diffusion_pytorch_model.safetensors"
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
