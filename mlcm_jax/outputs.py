@@ -57,16 +57,24 @@ def atomic_write(path: epath.PathLike) -> Iterator[IO[bytes]]:
             temporary.unlink(missing_ok=True)
 
 
-def disk_error(error: BaseException | None) -> UserError | None:
-    """The sentence for an error whose cause is a full disk or a place that may not be used; None for any other."""
+def disk_reason(error: BaseException | None) -> str:
+    """What the disk says where the cause of an error is that it is full or may not be written to; "" for any other."""
     while error is not None:
         number = error.errno if isinstance(error, OSError) else None
         number = number or next((n for words, n in WORDS.items() if words in str(error).lower()), None)
         if number in ADVICE:
-            what = getattr(error, "filename", None) or "A file"
-            return UserError(f"{what} cannot be written or opened ({os.strerror(number)}): {ADVICE[number]}.")
+            return os.strerror(number)
         error = error.__cause__ or error.__context__
-    return None
+    return ""
+
+
+def disk_error(error: BaseException) -> UserError | None:
+    """The sentence for an error with a ``disk_reason``; None for any other."""
+    reason = disk_reason(error)
+    if not reason:
+        return None
+    what = getattr(error, "filename", None) or "A file"
+    return UserError(f"{what} cannot be written or opened ({reason}): make room there or choose another place.")
 
 
 def check_folder(flag: str, place: epath.PathLike, *, remote: bool = False) -> None:

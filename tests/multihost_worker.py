@@ -8,7 +8,6 @@ import sys
 from contextlib import closing
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from toy_denoiser import LATENT_SHAPE, toy_apply, toy_batch, toy_conditioning, toy_params, toy_state

@@ -10,7 +10,7 @@ from one_sentence import assert_one_sentence
 
 from mlcm_jax.errors import UserError
 from mlcm_jax.images import open_image, write_image
-from mlcm_jax.outputs import atomic_write, check_file, check_folder, check_image_file, disk_error
+from mlcm_jax.outputs import atomic_write, check_file, check_folder, check_image_file, disk_error, disk_reason
 
 IMAGE = np.full((8, 8, 3), 7, np.uint8)
 
@@ -116,7 +116,10 @@ def test_what_a_library_says_of_a_full_disk():
     wrapped = ValueError("checkpoint")
     wrapped.__cause__ = OSError(28, "No space left on device", "/disk/x")
     assert str(disk_error(from_library)).startswith("A file cannot be written or opened (No space left on device)")
-    assert str(disk_error(wrapped)).startswith("/disk/x cannot be written or opened (No space left on device)")
+    assert disk_reason(wrapped) == "No space left on device"
+    assert str(disk_error(PermissionError(13, "", "/x"))).startswith(
+        "/x cannot be written or opened (Permission denied)"
+    )
     assert disk_error(FileNotFoundError(2, "No such file", "x")) is None and disk_error(ValueError("x")) is None
 
 

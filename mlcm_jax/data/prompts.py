@@ -4,11 +4,13 @@ A place is a text file (a prompt a line), a .jsonl, .csv or .parquet file with a
 ``tfds:NAME`` (data/tfds_text.py). A row can hold several texts for the same thing, as captions of an image.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from etils import epath
@@ -17,6 +19,7 @@ from mlcm_jax.data.columns import SUFFIXES, read_column
 from mlcm_jax.errors import UserError
 
 TFDS = "tfds:"
+NUM_HASHED = 2**18  # rows; all of most files, and of data sets no more than is read in seconds
 LINE_END = re.compile(r"\r\n|\n|\r")  # U+2028 and other separators, at which str.splitlines cuts, belong to a prompt
 
 
@@ -89,6 +92,18 @@ def _text_file(path: epath.Path) -> TextLines:
     if not prompts:
         raise UserError(f"The prompt file {path} is empty: write one prompt a line.")
     return TextLines(prompts)
+
+
+def fingerprint(source: TextSource) -> dict[str, Any]:
+    """What tells whether prompts have changed: how many rows there are, and a hash of their texts.
+
+    Of more than ``NUM_HASHED`` rows that many are hashed, at equal distances.
+    """
+    rows = np.unique(np.linspace(0, len(source) - 1, min(len(source), NUM_HASHED)).astype(int))
+    digest = hashlib.sha256()
+    for part in np.array_split(rows, -(-len(rows) // 4096)):
+        digest.update(json.dumps([list(texts) for texts in source.__getitems__(part.tolist())]).encode())
+    return {"rows": len(source), "sha256": digest.hexdigest()}
 
 
 class Place(NamedTuple):

@@ -9,12 +9,15 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mlcm_jax.config import base, current_name, current_value
+from mlcm_jax.data.prompts import TextSource, fingerprint
 from mlcm_jax.errors import UserError
+from mlcm_jax.hub.save import write_json
 from mlcm_jax.hub.tensor_reader import read_json
+from mlcm_jax.parallel.distributed import is_first
 from mlcm_jax.training.optimizer import stage_learning_rate
 from mlcm_jax.training.stages import read_stages
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, PROMPTS_FILE = "config.json", "prompts.json"
 # Settings that may change when a run goes on: they say how long, how often and on what, not what is trained.
 MAY_CHANGE = (
     "num_steps",
@@ -91,6 +94,23 @@ def changed_schedule(config: ConfigDict, workdir: epath.Path, step: int) -> str:
             cause = ends if config.num_steps != found.num_steps else ""
             return f"; the learning rate is {will:.3g} at step {place + 1}, where it was to be {was:.3g}{cause}"
     return ""
+
+
+def changed_prompts(prompts: TextSource, workdir: epath.Path, step: int) -> str:
+    """What differs between the prompts and those that the run in ``workdir`` began with, to be put after the place's
+    name; "" where nothing does. step: finished ones; a run that begins, or did so before there were such notes, notes
+    its prompts. Of several processes the first looks."""
+    if not is_first():
+        return ""
+    file, now = workdir / PROMPTS_FILE, fingerprint(prompts)
+    if not step or not file.exists():
+        write_json(now, file)
+        return ""
+    before = read_json(file)
+    if before == now:
+        return ""
+    rows = f"{before.get('rows')} prompts then, {now['rows']} now"
+    return f"has changed since the run began ({rows}): from here on steps take other prompts than they would have"
 
 
 def _update(settings: ConfigDict, values: Mapping[str, Any]) -> None:

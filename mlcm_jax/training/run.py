@@ -35,7 +35,7 @@ from mlcm_jax.training.optimizer import stage_learning_rate
 from mlcm_jax.training.profiling import Profile, parse_steps
 from mlcm_jax.training.program import Program, attention_backend, build_program
 from mlcm_jax.training.report import Known
-from mlcm_jax.training.resume import CONFIG_FILE, changed_schedule, check_resume, read_settings
+from mlcm_jax.training.resume import CONFIG_FILE, changed_prompts, changed_schedule, check_resume, read_settings
 from mlcm_jax.training.reward_monitor import stop_rule
 from mlcm_jax.training.sample_grids import SampleGrids
 from mlcm_jax.training.stages import read_stages, stage_at
@@ -80,12 +80,14 @@ def distill(
     say(program.plan)
     if plan_only:
         return
-    start = latest_step(workdir / CHECKPOINTS) or 0
+    start = latest_step(workdir / CHECKPOINTS, set_aside=not compile_only) or 0
     if start:
         say(f"{'going on':>10}  after step {start}{changed_schedule(config, workdir, start)}")
     if compile_only:
         compile_steps(program, start)
         return
+    if changed := changed_prompts(prompts, workdir, start):
+        say(f"{'prompts':>10}  {config.prompts} {changed}")
     pipeline = load_teacher(program, jnp.dtype(config.frozen_dtype), with_text=states is None)
     starting = None if start else starting_weights(program, pipeline)
     executables = compile_steps(program, start)  # what cannot be read has been refused by now
