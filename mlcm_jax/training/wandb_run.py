@@ -10,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mlcm_jax.errors import UserError
-from mlcm_jax.outputs import is_remote
+from mlcm_jax.outputs import atomic_write, is_remote
 
 ID_FILE = "wandb_id"
 
@@ -31,7 +31,8 @@ class WandbRun:
         workdir = epath.Path(workdir)
         id_file = workdir / ID_FILE
         if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:12])
+            with atomic_write(id_file) as f:
+                f.write(uuid.uuid4().hex[:12].encode())
         self._image = wandb.Image
         self._run = wandb.init(
             project=config.wandb_project,
