@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key, UInt32
 
+from mlcm_jax.errors import UserError
+
 MAX_SEED = 2**64 - 1
 
 
@@ -16,13 +18,18 @@ def next_seed(seed: int, by: int = 1) -> int:
 
 
 def seed_words(seed: int) -> UInt32[np.ndarray, "2"]:
-    """A seed from 0 to ``MAX_SEED`` as an array, its upper 32 bits first: jax has no 64-bit integers by default."""
+    """A seed from 0 to ``MAX_SEED`` as an array, its upper 32 bits first: jax has no 64-bit integers by default.
+
+    Raises UserError for another one.
+    """
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"The seed {seed} cannot work: give one from 0 to {MAX_SEED}.")
     return np.array(divmod(seed, 2**32), np.uint32)
 
 
 def seed_key(seed: int | UInt32[Array, "2"]) -> Key[Array, ""]:
     """The key of a seed, of which all 64 bits count; below 2**32 it is jax.random.key's. An array: ``seed_words``."""
-    words = seed_words(seed) if isinstance(seed, int) else seed
+    words = seed_words(int(seed)) if isinstance(seed, int | np.integer) else seed
     return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
 
 

@@ -56,7 +56,7 @@ def train(workdir: epath.Path, num_steps: int, fsdp: int, devices=None) -> None:
         return jax.tree.map(
             lambda a: (
                 sharding.from_local_rows(rows, np.asarray(a)[mine])
-                if jnp.shape(a)[:1] == (BATCH_SIZE,)  # the seed has two words
+                if np.shape(a)[:1] == (BATCH_SIZE,)  # the seed has two words
                 else sharding.from_equal_values(replicated, a)
             ),
             whole,

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1]
 # A name is a package or a module of mlcm_jax. Those of one line stand beside each other and do not import one another.
 ORDER = (
     ("errors",),
+    ("outputs",),
     ("config", "compilation_cache", "images", "plots", "types"),
     ("cli", "json_config", "rng", "rules", "parallel"),
     ("diffusion", "models"),

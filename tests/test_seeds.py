@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from mlcm_jax.errors import UserError
 from mlcm_jax.rng import MAX_SEED, next_seed, seed_key, seed_words, stream
 from mlcm_jax.sampling.sample import draw_noise
 
@@ -18,6 +19,12 @@ def test_a_small_seed_is_the_key_that_jax_makes_of_it(seed):
 def test_the_noise_of_small_seeds_stays():
     recorded = [0.41528263688087463, 1.1503866910934448, -1.379870057106018, -0.7414402365684509]
     np.testing.assert_allclose(draw_noise(5, 2, (1, 1, 2)).ravel(), recorded, rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", [-1, MAX_SEED + 1])
+def test_other_seeds_are_refused(seed):
+    with pytest.raises(UserError, match=f"The seed {seed} cannot work: give one from 0 to {MAX_SEED}"):
+        draw_noise(seed, 1, (1, 1, 1))
 
 
 def test_all_bits_count():
