@@ -58,23 +58,29 @@ def atomic_write(path: epath.PathLike) -> Iterator[IO[bytes]]:
 
 
 def disk_reason(error: BaseException | None) -> str:
-    """What the disk says where the cause of an error is that it is full or may not be written to; "" for any other."""
-    while error is not None:
-        number = error.errno if isinstance(error, OSError) else None
-        number = number or next((n for words, n in WORDS.items() if words in str(error).lower()), None)
-        if number in ADVICE:
-            return os.strerror(number)
-        error = error.__cause__ or error.__context__
-    return ""
+    """What the disk says where the cause of an error is that it is full or may not be used; "" for any other error."""
+    number = _disk_number(error)
+    return os.strerror(number) if number else ""
 
 
 def disk_error(error: BaseException) -> UserError | None:
     """The sentence for an error with a ``disk_reason``; None for any other."""
-    reason = disk_reason(error)
-    if not reason:
+    number = _disk_number(error)
+    if not number:
         return None
     what = getattr(error, "filename", None) or "A file"
-    return UserError(f"{what} cannot be written or opened ({reason}): make room there or choose another place.")
+    return UserError(f"{what} cannot be written or opened ({os.strerror(number)}): {ADVICE[number]}.")
+
+
+def _disk_number(error: BaseException | None) -> int:
+    """The error number of ``ADVICE`` that an error, or what caused it, has; 0 where there is none."""
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        number = number or next((n for words, n in WORDS.items() if words in str(error).lower()), None)
+        if number in ADVICE:
+            return number
+        error = error.__cause__ or error.__context__
+    return 0
 
 
 def check_folder(flag: str, place: epath.PathLike, *, remote: bool = False) -> None:
