@@ -10,7 +10,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from mlcm_jax.compilation_cache import use_compilation_cache
-from mlcm_jax.errors import UserError
+from mlcm_jax.errors import UserError, shortened
 from mlcm_jax.outputs import disk_error
 
 EXIT_STATUS = 2
@@ -95,7 +95,9 @@ def take_defaults(config: ConfigDict | None):
         try:
             flags.FLAGS.set_default(name, value)
         except flags.Error as e:
-            raise UserError(f"The configuration's {name}={value!r} does not fit ({e}).") from None
+            raise UserError(
+                f"The configuration's {name}={shortened(repr(value), 60)} does not fit ({shortened(e)})."
+            ) from None
 
 
 def run_main(main: Callable[[], Any]):

@@ -12,9 +12,15 @@ class UserError(ValueError):
     """
 
 
+def shortened(text: object, length: int = 100) -> str:
+    """A text of others, such as an exception's, in one line and cut to ``length`` characters, for messages."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= length else f"{line[: length - 3]}..."
+
+
 def listed(items: Iterable[str], separator: str = ", ") -> str:
     """The first few of many names, no more than a line, and the number of the others, for messages."""
-    items = sorted(items)
+    items = sorted(shortened(item, LENGTH_LISTED) for item in items)
     count = min(len(items), NUM_LISTED)
     while count > 1 and len(separator.join(items[:count])) > LENGTH_LISTED:
         count -= 1

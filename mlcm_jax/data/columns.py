@@ -7,7 +7,7 @@ import pyarrow as pa
 from etils import epath
 from pyarrow import csv, json, parquet
 
-from mlcm_jax.errors import UserError
+from mlcm_jax.errors import UserError, shortened
 
 LIKELY = ("prompt", "prompts", "caption", "captions", "text")  # of a column that nobody has named, best first
 
@@ -35,7 +35,7 @@ def read_column(path: epath.Path, column: str) -> TextColumn:
         with path.open("rb") as file:
             found = SUFFIXES[path.suffix](file, path, column)
     except (pa.ArrowException, OSError) as e:
-        raise UserError(f"{path} is not a readable {path.suffix} file ({' '.join(str(e).split())[:150]}).") from None
+        raise UserError(f"{path} is not a readable {path.suffix} file ({shortened(e)}).") from None
     kept = [bool(_texts(value)) for value in found.to_pylist()]
     if not any(kept):
         raise UserError(f"{path} has no prompt in the column that is read: name another with prompts_column.")

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 
-from mlcm_jax.errors import UserError
+from mlcm_jax.errors import UserError, shortened
 from mlcm_jax.hub.save import Entry, write_safetensors
 
 NAME = "latents"
@@ -25,7 +25,7 @@ class LatentFile:
         try:
             self._rows = safe_open(path, framework="np").get_slice(NAME)
         except SafetensorError as error:
-            raise UserError(f"{path} is not a safetensors file with {NAME!r} in it ({error}).") from None
+            raise UserError(f"{path} is not a safetensors file with {NAME!r} in it ({shortened(error)}).") from None
         height, width, channels = latent_shape
         expected, found = [n, channels, height, width], list(self._rows.get_shape())
         if found != expected:

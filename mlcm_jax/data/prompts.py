@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from mlcm_jax.data.columns import SUFFIXES, read_column
-from mlcm_jax.errors import UserError
+from mlcm_jax.errors import UserError, shortened
 
 TFDS = "tfds:"
 NUM_HASHED = 2**18  # rows; all of most files, and of data sets no more than is read in seconds
@@ -59,7 +59,7 @@ def open_prompts(place: str | Path, column: str = "") -> TextSource:
     try:
         exists = path.exists() and not path.is_dir()
     except (ImportError, OSError) as e:
-        raise UserError(f"{place} cannot be reached ({' '.join(str(e).split())[:150]}).") from None
+        raise UserError(f"{place} cannot be reached ({shortened(e)}).") from None
     if not exists:
         raise UserError(f"The prompt file {place} does not exist: name a text file with one prompt a line.")
     if path.suffix in SUFFIXES:

@@ -11,7 +11,7 @@ from tensorflow_datasets.core.read_only_builder import builder_from_directory, b
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
 from mlcm_jax.data.columns import choose_column
-from mlcm_jax.errors import UserError
+from mlcm_jax.errors import UserError, shortened
 
 DEFAULT_SPLIT = "train"
 _PLACE = re.compile(r"(?P<name>.+?)(:(?P<split>[a-zA-Z_]\w*(\[[^\]]*\])?))?")
@@ -43,7 +43,7 @@ class TfdsText:
         try:
             self._source = builder.as_data_source(split, decoders=skipped)
         except (NotImplementedError, ValueError) as e:
-            raise UserError(f"{said} cannot be read ({' '.join(str(e).split())[:200]}).") from None
+            raise UserError(f"{said} cannot be read ({shortened(e)}).") from None
         if not len(self._source):
             raise UserError(f"{said} is empty: name another split.")
 

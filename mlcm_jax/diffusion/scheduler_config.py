@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mlcm_jax.errors import UserError
+from mlcm_jax.errors import UserError, shortened
 from mlcm_jax.json_config import COUNT, FRACTION, POSITIVE, SIZE, ConfigValues, Kind, Table, is_number, read_config
 
 NUM_TRAIN_TIMESTEPS = 1000
@@ -141,7 +141,10 @@ def read_sampler_config(scheduler_config: dict[str, Any]) -> ConfigValues:
     """
     name = class_name(scheduler_config)
     if name not in SCHEDULERS:
-        raise UserError(f"Sampling with {name} is not supported: use one of {', '.join(SCHEDULERS)}.")
+        raise UserError(
+            f"Sampling with {shortened(name, 60)} is not supported: use {', '.join(SCHEDULERS)} (--scheduler of "
+            "launch/sample.py, or the class in model_index.json)."
+        )
     table = SCHEDULERS[name]
     own = {k: v for k, v in scheduler_config.items() if k in table or k not in KNOWN_KEYS}
     return read_config(own, table, name, file_name="scheduler_config.json")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mlcm_jax.errors import UserError, listed
+from mlcm_jax.errors import UserError, listed, shortened
 from mlcm_jax.hub.lora_names import ADAPTER_CONFIG
 from mlcm_jax.hub.tensor_reader import TensorReader, read_json
 
@@ -52,7 +52,9 @@ class AdapterConfig:
         try:
             return re.match(rf"(.*\.)?({pattern})$", module) is not None
         except re.error as e:
-            raise UserError(f"{self.source} has {pattern!r} in alpha_pattern, no regular expression ({e}).") from None
+            raise UserError(
+                f"{self.source} has {pattern!r} in alpha_pattern, no regular expression ({shortened(e)})."
+            ) from None
 
 
 def read_adapter_config(reader: TensorReader) -> AdapterConfig:
@@ -87,7 +89,7 @@ def read_header(reader: TensorReader, part: str) -> AdapterConfig | None:
 def _parse(settings: Mapping[str, Any], source: str) -> AdapterConfig:
     """Raises UserError for a value of the wrong type and for a setting that changes the weights in another way."""
     unsupported = {
-        f"{key}={value!r}"
+        shortened(f"{key}={value!r}", 60)
         for key, value in settings.items()
         if key not in UNUSED | USED and not (value in SUPPORTED[key] if key in SUPPORTED else not value)
     }
@@ -100,7 +102,7 @@ def _parse(settings: Mapping[str, Any], source: str) -> AdapterConfig:
     rslora = settings.get("use_rslora", False)
     if not isinstance(pattern, dict) or not all(map(_is_number, [alpha, *pattern.values()])):
         raise UserError(
-            f"{source} has lora_alpha={alpha!r} and alpha_pattern={pattern!r}: they must be finite numbers."
+            f"{source} has lora_alpha={alpha!r}, alpha_pattern={shortened(pattern, 60)}: they must be finite numbers."
         )
     if not isinstance(rslora, bool):
         raise UserError(f"{source} has use_rslora={rslora!r}: it must be true or false.")

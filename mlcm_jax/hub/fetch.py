@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 import huggingface_hub
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
-from mlcm_jax.errors import UserError
+from mlcm_jax.errors import UserError, shortened
 from mlcm_jax.hub.lora_names import ADAPTER_CONFIG, FILE_NAMES
 from mlcm_jax.hub.single_file import class_of_checkpoint
 from mlcm_jax.hub.tensor_reader import has_variant, refuse_pickle
@@ -65,7 +65,9 @@ def find_model(
     path = resolve_file(model, revision)
     if path.is_file() and path.suffix == ".safetensors":
         if variant:
-            raise UserError(f"{model} is a single file, which has no variants: leave out the variant {variant}.")
+            raise UserError(
+                f"{model} is a single file, which has no variants: leave out the variant {variant} (--variant)."
+            )
         own = ARCHITECTURE_FOLDER / ARCHITECTURES[class_of_checkpoint(path)]
         settings_revision = revision if Path(model).exists() else None  # otherwise it was the file's
         return Source(resolve_folder(architecture or own, revision=settings_revision, weights=False), path)
@@ -82,7 +84,9 @@ def resolve_folder(
     folder = Path(model)
     if folder.is_dir():
         if revision:
-            raise UserError(f"{model} is a folder here, which has no revisions: leave out the revision {revision}.")
+            raise UserError(
+                f"{model} is a folder here, which has no revisions: leave out the revision {revision} (--revision)."
+            )
         return folder
     if folder.exists():
         refuse_pickle(folder)
@@ -162,7 +166,7 @@ def download(repository: str, patterns: Sequence[str], revision: str | None = No
     try:
         folder = huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(patterns))
     except (OSError, EntryNotFoundError, HFValidationError) as e:
-        reason = " ".join(str(e).split())[:200]
+        reason = shortened(e, 150)
         raise UserError(
             f"{repository} is no folder here, and it could not be downloaded from the hub ({reason})."
         ) from None

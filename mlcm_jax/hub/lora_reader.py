@@ -90,8 +90,8 @@ def _the_one_that_fits(reader: TensorReader, networks: Sequence[_Factors]) -> _F
     fitting = [each for each in networks if _fits(reader, each)]
     if len(fitting) > 1:
         raise UserError(
-            f"{reader.source} fits {' and '.join(each.part for each in fitting)} alike and does not say which it is "
-            f"for: put {fitting[0].part}. or {fitting[1].part}. before its tensors' names."
+            f"{reader.source} fits {' and '.join(each.part for each in fitting)} alike: say which it is for with "
+            "the network's name and a dot before the names of its tensors."
         )
     return (fitting or networks)[0]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mlcm_jax.diffusion.scheduler_config import as_pipelines_set, of_class
-from mlcm_jax.errors import UserError
+from mlcm_jax.errors import UserError, shortened
 from mlcm_jax.hub.fetch import Source
 from mlcm_jax.hub.network import check_class
 from mlcm_jax.hub.single_file import marked_settings
@@ -33,7 +33,9 @@ def read_model_index(folder: Path, *, with_tokenizers: bool = True) -> dict[str,
     model_index = read_json(folder / "model_index.json")
     class_name = model_index.get("_class_name")
     if not isinstance(class_name, str) or class_name not in PIPELINES:
-        raise UserError(f"{folder} is a {class_name}, which is not supported: use {', '.join(PIPELINES)}.")
+        raise UserError(
+            f"{folder} is a {shortened(class_name, 60)}, which is not supported: use {', '.join(PIPELINES)}."
+        )
     _, tokenizers = PIPELINES[class_name]
     for part in (*network_parts(model_index), *tokenizers, "scheduler"):
         entry = model_index.get(part)

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mlcm_jax.errors import UserError
+from mlcm_jax.errors import UserError, listed, shortened
 from mlcm_jax.hub.layout import Layout
 from mlcm_jax.hub.load import load_params
 from mlcm_jax.hub.single_file import IGNORED
@@ -130,7 +130,7 @@ def parameter_shapes(module: nn.Module, *inputs: Any) -> Params:
 
 def check_class(folder: Path, class_name: str):
     if class_name not in NETWORKS:
-        raise UserError(f"{folder} is a {class_name}, which is not supported: use {', '.join(NETWORKS)}.")
+        raise UserError(f"{folder} is a {shortened(class_name, 60)}, which is not supported: use {listed(NETWORKS)}.")
 
 
 def load_network(

@@ -13,7 +13,7 @@ import transformers
 from etils import epath
 
 from mlcm_jax.diffusion.scheduler_config import as_pipelines_set
-from mlcm_jax.errors import UserError
+from mlcm_jax.errors import UserError, shortened
 from mlcm_jax.hub.fetch import SCHEDULER_NAME, Source, find_model
 from mlcm_jax.hub.fetch import resolve_folder as resolve_folder
 from mlcm_jax.hub.fit import check_fit
@@ -84,7 +84,7 @@ class Pipeline:
         if size is None:
             raise UserError(
                 f"{self.folder}/unet/config.json has no sample_size, so the size of the images is not known: name it "
-                "with image_size."
+                "with --image_size (config.image_size)."
             )
         return (size, size) if isinstance(size, int) else (size[0], size[1])
 
@@ -95,7 +95,7 @@ class Pipeline:
         if height != width:
             raise UserError(
                 f"{self.folder}/unet/config.json has sample_size={[height, width]}, and this program takes square "
-                "images alone: name their side with image_size."
+                "images alone: name their side with config.image_size."
             )
         return height
 
@@ -179,7 +179,7 @@ def load_tokenizer(folder: Path, class_name: str) -> Any:
     try:
         return getattr(transformers, loader).from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as e:
-        raise UserError(f"{folder} holds no readable {class_name} ({' '.join(str(e).split())[:200]}).") from None
+        raise UserError(f"{folder} holds no readable {class_name} ({shortened(e)}).") from None
 
 
 def load_pipeline(

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
 
-from mlcm_jax.errors import UserError, listed
+from mlcm_jax.errors import UserError, listed, shortened
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 NUMBERS = {
@@ -43,7 +43,7 @@ def read_json(path: Path | epath.Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except (OSError, ValueError) as e:
-        raise UserError(f"{path} is not a readable JSON file ({e}).") from None
+        raise UserError(f"{path} is not a readable JSON file ({shortened(e)}).") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object.")
     return value
@@ -83,7 +83,9 @@ class TensorReader:
         try:
             return safe_open(file, framework="np")
         except (SafetensorError, OSError) as e:
-            raise UserError(f"{file} is not a complete safetensors file ({e}): copy or download it again.") from None
+            raise UserError(
+                f"{file} is not a complete safetensors file ({shortened(e)}): copy or download it again."
+            ) from None
 
     def _open_shards(self, index: Path):
         weight_map = read_json(index).get("weight_map")
@@ -144,7 +146,7 @@ class TensorReader:
                 f.seek(start)
                 size = f.readinto(memory.data)
         except OSError as e:
-            raise UserError(f"{self.source}: tensor {name} cannot be read ({e}).") from None
+            raise UserError(f"{self.source}: tensor {name} cannot be read ({shortened(e)}).") from None
         if size != end - start:
             raise UserError(f"{self.source}: tensor {name} cannot be read (the file has become shorter).")
         return memory

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from mlcm_jax.config import LORA_TARGETS
-from mlcm_jax.errors import UserError
+from mlcm_jax.errors import UserError, listed, shortened
 from mlcm_jax.types import Params
 
 Flat = dict[tuple[str, ...], Any]
@@ -29,10 +29,10 @@ def target_modules(params_shapes: Params, targets: Sequence[str]) -> dict[tuple[
         try:
             pattern = re.compile(target)
         except re.error as e:
-            raise UserError(f"LoRA target {target!r} is not a regular expression ({e}).") from None
+            raise UserError(f"LoRA target {target!r} is not a regular expression ({shortened(e)}).") from None
         matched = {path: leaf for path, leaf in kernels.items() if pattern.search("/".join(path))}
         if not matched:
-            some = ", ".join("/".join(path) for path in list(kernels)[:3])
+            some = listed("/".join(path) for path in list(kernels)[:3])
             raise UserError(f"LoRA target {target!r} matches no layer of the network: its layers are like {some}.")
         selected |= matched
     return selected

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Int
 
 from mlcm_jax.config import SHARDING_RULES
-from mlcm_jax.errors import UserError
+from mlcm_jax.errors import UserError, shortened
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -170,7 +170,7 @@ def _compile(pattern: str, axes: RuleAxes, mesh: Mesh | AbstractMesh) -> tuple[r
     try:
         compiled = re.compile(pattern)
     except re.error as e:
-        raise UserError(f"The sharding rule {pattern!r} is not a regular expression ({e}).") from None
+        raise UserError(f"The sharding rule {pattern!r} is not a regular expression ({shortened(e)}).") from None
     entries = [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in axes]
     named = [axis for entry in entries for axis in entry]
     unknown = [axis for axis in named if axis not in mesh.shape]

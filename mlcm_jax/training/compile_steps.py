@@ -90,7 +90,7 @@ def _require_room(memory: StepMemory, name: str, program: Program) -> None:
 
 def _too_large(name: str, needs: str, has: str) -> UserError:
     return UserError(
-        f"The step of {name} does not fit: it needs {needs} on each device, which has {has}. Use more devices with "
+        f"The step of {name} does not fit: it needs {needs} on each device, which has {has}: use more devices with "
         "mesh.fsdp=-1, a smaller batch_size or image_size, remat=True, microbatches, or trainable=lora."
     )
 

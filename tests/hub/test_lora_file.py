@@ -13,7 +13,7 @@ from flax import traverse_util
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mlcm_jax.errors import UserError, listed
+from mlcm_jax.errors import UserError
 from mlcm_jax.hub.adapter_config import METADATA_KEY
 from mlcm_jax.hub.fetch import SCHEDULER_NAME
 from mlcm_jax.hub.lora import save_lora, with_loras
@@ -302,7 +302,3 @@ def test_spoilt_files(tree, shapes, tmp_path, case):
 def test_absent_file(shapes, tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         load_lora(tmp_path, shapes)
-
-
-def test_listed():
-    assert listed("ba") == "a, b" and listed("abcdefg") == "a, b, c, d, e and 2 more"
