@@ -77,7 +77,7 @@ def read_header(reader: TensorReader, part: str) -> AdapterConfig | None:
         return None
     try:
         settings = json.loads(reader.metadata[METADATA_KEY])
-    except ValueError:
+    except (ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict):
         raise UserError(f"{reader.source} has a damaged {METADATA_KEY} in its header: copy or download it again.")

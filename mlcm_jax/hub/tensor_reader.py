@@ -42,7 +42,7 @@ def read_json(path: Path | epath.Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path} is not a readable JSON file ({shortened(e)}).") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object.")
