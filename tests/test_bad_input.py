@@ -109,7 +109,7 @@ TRAIN = {
     ),
     "a LoRA of another model": (
         ["--config.trainable=lora", "--config.lora.start=examples/emoji/student"],
-        ["student/pytorch_lora_weights.safetensors does not fit the network"],
+        ["student/pytorch_lora_weights.safetensors is no LoRA for this model"],
     ),
     "a wrong variant of stages": (
         ["--config=configs/emoji_full.py:first"],
