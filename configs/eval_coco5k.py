@@ -3,7 +3,7 @@
     python examples/coco5k/build_coco5k.py --data_dir=DATA --out_dir=coco5k
     python launch/evaluate.py --config=configs/eval_coco5k.py --model=DIR --out=runs/coco5k
 
-Needs the weights of the evaluation networks below networks/ (docs/judging.md), 16 GB of host memory for the baseline's
+Needs the weights of the evaluation networks below networks/ (docs/evaluate.md), 16 GB of host memory for the baseline's
 images, and accelerators that sample 5,000 of them for each number of steps. It has not been run here: no such weights
 are at hand. Expected, by the paper's sixth version (ours of CLIP is the cosine, a hundredth of this):
 

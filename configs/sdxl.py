@@ -6,7 +6,7 @@
     python launch/compile.py --config=configs/sdxl.py --topology=v5e:4x4
 
 ":lora" (the paper's: rank 64), ":full" (all 2.57 B weights, sharded over the fsdp axis; the default) or ":all" (the
-LoRA through all of the paper's stages; docs/judging.md says what DIR has to hold).
+LoRA through all of the paper's stages; docs/evaluate.md says what DIR has to hold).
 Hardware: a TPU v5e 4x4 slice or larger; memory of a step: docs/scale.md. Time and quality have not been measured here.
 Stages: 12,000 steps with 8, 4 and 2 segments, then 2,000 of consistency across segments on the student's samples.
 ":all" goes on with 500 steps that a reward model (MPS) guides, as the paper does, then 1,000 of distribution

@@ -1,7 +1,7 @@
 """Evaluate a pipeline folder: python launch/evaluate.py --model=DIR --baseline=DIR2 --data=IMAGES --out=DIR3.
 
 The same prompts from the same noise, by the model and by the baseline, at each number of steps. Every figure comes with
-a 95 % bootstrap interval; docs/using.md says what each one is. Writes results.json, results.md, metrics.png, grid.png.
+a 95 % bootstrap interval; docs/evaluate.md explains each. Writes results.json, results.md, metrics.png, grid.png.
 """
 
 import dataclasses

@@ -100,7 +100,7 @@ def base() -> ConfigDict:
     config.adversarial.width = 64  # channels of a head
     config.preference = RunConfig()
     config.preference.weight = 0.0
-    config.preference.reward_model = ""  # NAME=FOLDER, see docs/judging.md: clip=examples/emoji/scorer
+    config.preference.reward_model = ""  # NAME=FOLDER, see docs/evaluate.md: clip=examples/emoji/scorer
     config.preference.held_out_reward_model = ""  # NAME=FOLDER of another one, whose score is only reported
     config.preference.stop_when_held_out_falls = 0.0  # by how much the held-out score, a running mean of logged
     # steps, may fall below its best while the reward model's rises; then the run ends with the student before. 0: never

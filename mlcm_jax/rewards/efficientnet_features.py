@@ -64,7 +64,7 @@ def load_efficientnet(folder: str | Path, *, dtype: Any = jnp.float32) -> Effici
     Raises UserError for a folder that does not exist, an unsupported setting and unfit weights.
     """
     if not Path(folder).is_dir():
-        raise UserError(f"{folder} does not exist: launch/convert_efficientnet.py makes it, see docs/judging.md.")
+        raise UserError(f"{folder} does not exist: launch/convert_efficientnet.py makes it, see docs/evaluate.md.")
     config = read_json(Path(folder) / "config.json")
     module = EfficientNetLite.from_config(config, dtype=dtype)
     params = load_params(parameter_shapes(module, jnp.zeros((1, SIDE, SIDE, 3))), folder)

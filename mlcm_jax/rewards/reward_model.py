@@ -95,7 +95,7 @@ def weights_file(folder: str | Path, name: str) -> Path:
     """A weights file that a user has put into a folder; raises UserError when it is not there."""
     path = Path(folder) / name
     if not path.is_file():
-        raise UserError(f"{path} does not exist: docs/judging.md says how to make it.")
+        raise UserError(f"{path} does not exist: docs/evaluate.md says how to make it.")
     return path
 
 

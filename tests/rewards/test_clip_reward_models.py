@@ -109,7 +109,7 @@ def test_rewards_are_differentiable(clip_folder):
 
 
 MISTAKES = {
-    "no head": (load_aesthetic, r"aesthetic\.safetensors does not exist: docs/judging\.md"),
+    "no head": (load_aesthetic, r"aesthetic\.safetensors does not exist: docs/evaluate\.md"),
     "no weights": (load_hps_v2, r"hps_v2\.safetensors does not exist"),
     "no reward": (load_image_reward, r"image_reward\.safetensors does not exist"),
 }

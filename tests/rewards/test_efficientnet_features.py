@@ -86,7 +86,7 @@ def test_nearest_reference(efficientnet_folder, launch, tmp_path):
     squared = np.square(features[:4, None] - features[None, 4:]).sum(-1)
     between = np.square(features[4:, None] - features[None, 4:]).sum(-1).mean()
     np.testing.assert_allclose(scores[2], -squared.min(1) / between, rtol=1e-3)
-    with pytest.raises(UserError, match=r"reference.safetensors does not exist: docs/judging.md says how"):
+    with pytest.raises(UserError, match=r"reference.safetensors does not exist: docs/evaluate.md says how"):
         load_nearest_reference(efficientnet_folder)
 
 

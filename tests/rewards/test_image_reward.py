@@ -35,7 +35,7 @@ def test_scores_are_the_package_s(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder as docs/judging.md describes it, of another size."""
+    """A folder as docs/evaluate.md describes it, of another size."""
     module = ImageReward(BLIP_VISION, TextConfig.read(MED))
     tensors = network_weights(module, np.zeros((1, 32, 32, 3)), np.zeros((1, 2), int))
     extra = {"blip.vision_proj.weight": np.zeros((3, 24), np.float32), "blip.text_proj.bias": np.zeros(3, np.float32)}

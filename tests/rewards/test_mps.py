@@ -44,7 +44,7 @@ def test_scores_are_the_authors(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder as docs/judging.md describes it, of another size."""
+    """A folder as docs/evaluate.md describes it, of another size."""
     text = TEXT | {"vocab_size": 520, "eos_token_id": 513, "max_position_embeddings": 77}
     config = CONFIG | {"text_config": text}
     tiny_tokenizer(tmp_path / "vocabulary").save_pretrained(tmp_path)
