@@ -31,7 +31,7 @@ from mlcm_jax.errors import UserError
 from mlcm_jax.evaluation.evaluate import Settings, chosen_prompts, load_networks, measure_data
 from mlcm_jax.evaluation.evaluator import Evaluator
 from mlcm_jax.evaluation.provenance import provenance
-from mlcm_jax.evaluation.sampling import Sampler, image_size
+from mlcm_jax.evaluation.sampling import Sampler
 from mlcm_jax.evaluation.statistics.bootstrap import Figure
 from mlcm_jax.hub.load import read_json
 from mlcm_jax.hub.pipeline import Pipeline, load_pipeline
@@ -114,7 +114,7 @@ class Measurer:
         settings = evaluation(guidance_scale)
         self._prompts, networks = chosen_prompts(settings), load_networks(settings)
         teacher = load_pipeline(TEACHER.value, dtype=jnp.float32)
-        data = measure_data(settings, networks, image_size(teacher))
+        data = measure_data(settings, networks, teacher.image_size)
         self._evaluator = Evaluator(settings.protocol, self._prompts, networks, data, tqdm(disable=True))
         sampler = self._sampler("teacher", teacher, guidance_scale)
         self._evaluator.measure(sampler, REFERENCE_STEPS, as_reference=True)

@@ -138,8 +138,8 @@ def measure(
     config = program.config
     recomputed = ", remat" * bool(config.remat)
     row = {
-        "work": f"{MODEL.value}, {config.trainable}{recomputed}, batch {config.batch_size}, {program.image_size} px, "
-        f"{config.compute_dtype}",
+        "work": f"{MODEL.value}, {config.trainable}{recomputed}, batch {config.batch_size}, "
+        f"{program.image_size[0]} px, {config.compute_dtype}",
         "images": config.batch_size,
         "flops": program.stages[0].flops,
         "unet_evaluations": evaluations,

@@ -24,12 +24,14 @@ from mlcm_jax.data.text_states import States, TextStatesWriter
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.model_index import TEXT_ENCODERS
 from mlcm_jax.hub.pipeline import Pipeline
+from mlcm_jax.image_size import ImageSize
 from mlcm_jax.model_flags import load_model
 from mlcm_jax.outputs import check_file
 from mlcm_jax.rng import MAX_SEED
 from mlcm_jax.sampling.conditioning import encode_prompts, unconditional
 from mlcm_jax.sampling.decode import encode
 from mlcm_jax.sampling.text_to_image import TextToImage
+from mlcm_jax.size_flags import flagged_size
 from mlcm_jax.types import TextConditioning
 
 IMAGES = flags.DEFINE_string("images", None, "Folder of images, or an .npy file of them.")
@@ -48,7 +50,7 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images or texts at a time."
 OUT = flags.DEFINE_string("out", None, "The file, .safetensors for latents.", required=True)
 
 
-def encoded(pipeline: Pipeline, place: str, image_size: int) -> Iterator[np.ndarray]:
+def encoded(pipeline: Pipeline, place: str, image_size: ImageSize) -> Iterator[np.ndarray]:
     """Latents of the images, a batch at a time."""
     images, n = RealImages(place, image_size), BATCH_SIZE.value
     for batch in tqdm(images.batches(n, len(images)), total=-(-len(images) // n), unit="batch"):
@@ -59,7 +61,7 @@ def encoded(pipeline: Pipeline, place: str, image_size: int) -> Iterator[np.ndar
 def sampled(pipeline: Pipeline, prompts: list[str]) -> Iterator[np.ndarray]:
     """Latents that the model samples for the prompts, a batch at a time."""
     n, sampler = BATCH_SIZE.value, TextToImage(pipeline)
-    noise = sampler.noise(len(prompts), seed=SEED.value)
+    noise = sampler.noise(len(prompts), seed=SEED.value, image_size=flagged_size())
     for start in tqdm(range(0, len(prompts), n), unit="batch"):
         rows = np.arange(start, start + n) % len(prompts)
         latents = sampler.sample(
@@ -76,7 +78,9 @@ def write_latents(images: str | None, prompts: str | None) -> str:
     """The file of latents; returns what it holds, in words."""
     pipeline = load_model()
     if prompts is None:
-        batches = encoded(pipeline, str(images), pipeline.latent_side * pipeline.downscale)
+        size = flagged_size() or pipeline.image_size
+        pipeline.latent_shape(size)  # answers a size that cannot be
+        batches = encoded(pipeline, str(images), size)
     else:
         batches = sampled(pipeline, read_prompts(prompts, PROMPTS_COLUMN.value))
     latents = np.concatenate(list(batches))

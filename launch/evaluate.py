@@ -16,12 +16,13 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from absl import flags
 from ml_collections import config_flags
 
-from mlcm_jax import model_flags
+from mlcm_jax import model_flags, size_flags
 from mlcm_jax.cli import run_main, take_defaults
 from mlcm_jax.evaluation.evaluate import Settings, evaluate
 from mlcm_jax.rng import MAX_SEED
 
 flags.adopt_module_key_flags(model_flags)
+flags.adopt_module_key_flags(size_flags)
 CONFIG = config_flags.DEFINE_config_file("config", None, "Other defaults of these flags: configs/eval_coco5k.py.")
 BASELINE = flags.DEFINE_string("baseline", None, "One to compare with: the teacher.")
 STEPS = flags.DEFINE_list("steps", ["1", "2", "3", "4", "8", "25"], "Numbers of sampling steps, of both.")

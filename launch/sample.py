@@ -29,6 +29,7 @@ from mlcm_jax.outputs import atomic_write, check_file, check_image_file
 from mlcm_jax.rng import MAX_SEED
 from mlcm_jax.sampling.decode import TILING
 from mlcm_jax.sampling.text_to_image import TextToImage
+from mlcm_jax.size_flags import flagged_size
 
 LORA = flags.DEFINE_multi_string(
     "lora", None, "LoRA, PLACE or PLACE:SCALE; give it again for more. A folder brings its sampler along."
@@ -41,7 +42,6 @@ SCHEDULER = flags.DEFINE_enum("scheduler", None, list(SAMPLERS), "In place of th
 ETA = flags.DEFINE_float("eta", 0.0, "TCDScheduler: part of fresh noise at each step, 0 (none) to 1.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial noise.", 0, MAX_SEED)
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "Default: 1 (none) for distilled models, 5 for others.")
-IMAGE_SIZE = flags.DEFINE_integer("image_size", 0, "Height and width in pixels; 0: what the model was trained on.")
 LATENTS = flags.DEFINE_string("latents", None, "Initial noise, .npy, float32 [N, 4, h, w], as diffusers takes it.")
 SAVE_LATENTS = flags.DEFINE_string("save_latents", None, "Where to write the initial noise, .npy.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the UNet's and text encoders' arithmetic.")
@@ -98,7 +98,7 @@ def main():
         pipeline = dataclasses.replace(pipeline, vae=vae)
     sampler = TextToImage(pipeline)
     if LATENTS.value is None:
-        noise = sampler.noise(len(prompts), seed=SEED.value, image_size=IMAGE_SIZE.value)
+        noise = sampler.noise(len(prompts), seed=SEED.value, image_size=flagged_size())
     else:
         noise = given_noise(pipeline, len(prompts))
     if SAVE_LATENTS.value:

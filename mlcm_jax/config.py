@@ -60,6 +60,8 @@ def base() -> ConfigDict:
     config.text_states = ""  # file of launch/encode.py --text_only, instead of text encoders; "": encode in training
     config.latents = ""  # file of launch/encode.py, one for each prompt, for states made of data
     config.image_size = 0  # height and width in pixels; 0: what the teacher's config.json says
+    config.height = 0  # in pixels, with config.width, for images that are no squares; 0: image_size
+    config.width = 0
 
     # Method
     config.num_segments = 8  # M: the student learns to go to the end of its segment in one step

@@ -49,6 +49,9 @@ SAMPLE = {
     "no text folder": (["--model={model}", "--text={files}/nowhere"], ["{files}/nowhere/text_encoder does not exist"]),
     "latents that are text": (["--model={model}", "--latents={files}/prompts.txt"], ["not a readable .npy"]),
     "an image size": (["--model={model}", "--image_size=31"], ["image_size=31"]),
+    "a width": (["--model={model}", "--height=32", "--width=30"], ["height=32, width=30", "multiple of 4"]),
+    "a height alone": (["--model={model}", "--height=32"], ["height=32 and width=0"]),
+    "a square and both": (["--model={model}", "--image_size=32", "--height=32", "--width=16"], ["leave one out"]),
     "a seed below 0": (["--model={model}", "--seed=-1"], ["--seed=-1"]),
     "a seed of more than 64 bits": (["--model={model}", "--seed=18446744073709551616"], ["18446744073709551615"]),
 }
@@ -90,6 +93,7 @@ TRAIN = {
     "a batch that the mesh cannot share": (["--config.batch_size=6"], ["batch_size=6", "multiple of 4"]),
     "a mesh of other devices": (["--config.mesh.fsdp=3"], ["fsdp 3", "4 devices"]),
     "an image size": (["--config.image_size=33"], ["image_size=33", "multiple of 4"]),
+    "a height": (["--config.height=33", "--config.width=32"], ["height=33, width=32", "multiple of 4"]),
     "an unknown distance": (["--config.distance=l3"], ["distance='l3'", "l2, pseudo_huber"]),
     "unknown states": (["--config.states=noise"], ["states='noise'", "streaming, mds, data, student"]),
     "data without latents": (["--config.states=data"], ["config.latents", "launch/encode.py"]),
@@ -166,7 +170,10 @@ def test_encode(launch, files, sdxl_folder, tmp_path, mistake):
 EVALUATE = {
     "no model": (["--model={files}/no_model"], ["has no model_index.json"]),
     "no baseline": (["--baseline={files}/nowhere"], ["{files}/nowhere does not exist"]),
-    "a baseline of other images": (["--baseline=examples/emoji/teacher"], ["images of 32 px", "images of 64 px"]),
+    "a baseline of other images": (
+        ["--baseline=examples/emoji/teacher"],
+        ["images of 32 x 32 px", "images of 64 x 64 px"],
+    ),
     "too many images": (["--num_images=10"], ["--num_images=10 is more than the 9 prompts"]),
     "too few images": (["--num_images=3"], ["--num_images=3"]),
     "steps that are no number": (["--steps=1,x"], ["--steps=1,x is no list of whole numbers"]),

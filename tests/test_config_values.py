@@ -124,6 +124,5 @@ def test_the_size_that_a_unet_was_trained_on(sd15_folder, tmp_path, size, latent
             _ = pipeline.latent_size
     else:
         assert pipeline.latent_size == latent_size
-        if latent_size[0] != latent_size[1]:
-            with pytest.raises(UserError, match="takes square images alone"):
-                _ = pipeline.latent_side
+        assert pipeline.image_size == tuple(side * pipeline.downscale for side in latent_size)
+        assert pipeline.latent_shape() == (*latent_size, 4)

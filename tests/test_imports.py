@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     ("errors",),
     ("outputs",),
-    ("config", "compilation_cache", "images", "plots", "types"),
-    ("cli", "json_config", "rng", "rules", "parallel"),
+    ("config", "compilation_cache", "image_size", "images", "plots", "types"),
+    ("cli", "json_config", "rng", "rules", "parallel", "size_flags"),
     ("diffusion", "models"),
     ("hub",),
     ("model_flags", "data", "sampling"),

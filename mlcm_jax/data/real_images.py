@@ -9,32 +9,33 @@ from PIL import Image
 
 from mlcm_jax.data.npy import read_npy
 from mlcm_jax.errors import UserError
+from mlcm_jax.image_size import ImageSize, both
 from mlcm_jax.images import open_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class RealImages:
-    """Images of ``side`` x ``side`` pixels, read as they are asked for.
+    """Images of one size, read as they are asked for. image_size: in pixels, a square's side, or height and width.
 
     place: a folder of .png, .jpg or .webp files, or an .npy file, uint8 [n, H, W, 3], which is not read whole. Images
-    of another size are cropped to a square about the centre and resized (Lanczos). Raises UserError for a place that
-    holds no images.
+    of another size are cropped about the centre to its proportions and resized (Lanczos). Raises UserError for a place
+    that holds no images.
     """
 
-    def __init__(self, place: str | Path, side: int):
+    def __init__(self, place: str | Path, image_size: int | ImageSize):
         place = Path(place)
         if not place.exists():
             raise UserError(f"{place} does not exist: name a folder of images or an .npy file of them.")
-        self._images, self._side = _files(place) if place.is_dir() else _array(place), side
+        self._images, self._size = _files(place) if place.is_dir() else _array(place), both(image_size)
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def batches(self, size: int, n: int) -> Iterator[UInt8[np.ndarray, "n side side 3"]]:
+    def batches(self, size: int, n: int) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
         """The first n images, ``size`` at a time; raises UserError for a file that is not an image."""
         for start in range(0, n, size):
-            yield np.stack([_squared(_opened(one), self._side) for one in self._images[start : min(start + size, n)]])
+            yield np.stack([_fitted(_opened(one), self._size) for one in self._images[start : min(start + size, n)]])
 
 
 def _files(folder: Path) -> list[Path]:
@@ -55,10 +56,12 @@ def _opened(one: Path | np.ndarray) -> Image.Image:
     return open_image(one) if isinstance(one, Path) else Image.fromarray(one)
 
 
-def _squared(image: Image.Image, side: int) -> UInt8[np.ndarray, "side side 3"]:
-    if image.size != (side, side):
-        shorter = min(image.size)
-        left, top = ((length - shorter) // 2 for length in image.size)
-        box = (left, top, left + shorter, top + shorter)
-        image = image.crop(box).resize((side, side), Image.Resampling.LANCZOS)
+def _fitted(image: Image.Image, size: ImageSize) -> UInt8[np.ndarray, "H W 3"]:
+    height, width = size
+    if image.size != (width, height):
+        scale = min(image.width / width, image.height / height)
+        kept = round(width * scale), round(height * scale)
+        left, top = ((whole - part) // 2 for whole, part in zip(image.size, kept, strict=True))
+        box = (left, top, left + kept[0], top + kept[1])
+        image = image.crop(box).resize((width, height), Image.Resampling.LANCZOS)
     return np.asarray(image)

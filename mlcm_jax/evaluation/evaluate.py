@@ -15,8 +15,9 @@ from mlcm_jax.evaluation.measure import Measurements, Networks, real_inputs
 from mlcm_jax.evaluation.metrics.registry import IMAGE_METRICS, SEED_METRICS, SET_METRICS
 from mlcm_jax.evaluation.provenance import provenance
 from mlcm_jax.evaluation.report import write_report
-from mlcm_jax.evaluation.sampling import Sampler, check_samplers, image_size
+from mlcm_jax.evaluation.sampling import Sampler, check_samplers
 from mlcm_jax.hub.pipeline import Pipeline, load_pipeline
+from mlcm_jax.image_size import ImageSize, asked_size
 from mlcm_jax.outputs import check_folder
 from mlcm_jax.rewards.clip_features import load_clip_encoder
 from mlcm_jax.rewards.registry import REWARD_MODELS, kind_of, parse_places
@@ -51,6 +52,14 @@ class Settings:
     architecture: str | None = None
     variant: str | None = None
     revision: str | None = None
+    image_size: int = 0
+    height: int = 0
+    width: int = 0
+
+    @property
+    def size(self) -> ImageSize | None:
+        """Height and width in pixels; None: the model's own. Raises UserError for settings that contradict."""
+        return asked_size(self.image_size, self.height, self.width)
 
     @property
     def protocol(self) -> EvaluationProtocol:
@@ -79,8 +88,8 @@ def evaluate(settings: Settings, out: Path) -> str:
     steps, prompts = step_counts(settings.steps), chosen_prompts(settings)
     networks = load_networks(settings)
     pipelines = load_pipelines(settings)
-    check_samplers(pipelines, steps, settings.reference_steps)
-    data = measure_data(settings, networks, image_size(pipelines["model"]))
+    check_samplers(pipelines, steps, settings.reference_steps, settings.size)
+    data = measure_data(settings, networks, settings.size or pipelines["model"].image_size)
     samplers = make_samplers(settings, pipelines, prompts)
     rows, reference = evaluate_samplers(
         settings.protocol, steps, settings.reference_steps, prompts, networks, samplers, data
@@ -151,15 +160,22 @@ def make_samplers(settings: Settings, pipelines: dict[str, Pipeline], prompts: l
     for name, pipeline in pipelines.items():
         scale = given[name]
         scale = default_guidance_scale(pipeline) if scale is None else scale
-        samplers[name] = Sampler(pipeline, prompts, name=name, guidance_scale=scale, batch_size=settings.batch_size)
+        samplers[name] = Sampler(
+            pipeline,
+            prompts,
+            name=name,
+            guidance_scale=scale,
+            batch_size=settings.batch_size,
+            image_size=settings.size,
+        )
     return samplers
 
 
-def measure_data(settings: Settings, networks: Networks, side: int) -> Measurements | None:
+def measure_data(settings: Settings, networks: Networks, size: ImageSize) -> Measurements | None:
     """The real images, at the size of the samples; None without --data. Raises UserError where there are too few."""
     if settings.data is None:
         return None
-    real = RealImages(settings.data, side)
+    real = RealImages(settings.data, size)
     needed = settings.num_images if settings.data_matches_prompts else MIN_IMAGES
     if len(real) < needed:
         raise UserError(f"--data={settings.data} has {len(real)} images: give {needed} or more.")

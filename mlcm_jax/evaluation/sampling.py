@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 from mlcm_jax.diffusion.samplers import step_table
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import Pipeline
+from mlcm_jax.image_size import ImageSize
 from mlcm_jax.rng import seed_key
 from mlcm_jax.sampling.conditioning import encode_prompts, unconditional
 from mlcm_jax.sampling.decode import decode
@@ -19,17 +20,6 @@ from mlcm_jax.sampling.sample import draw_noise, sample_latents
 from mlcm_jax.types import Latents
 
 AFTER_ALL_IMAGES = 2**32 - 1  # folded into the seed where draw_noise folds in an image's index
-
-
-def latent_shape(pipeline: Pipeline) -> tuple[int, int, int]:
-    """Height, width and channels of the latents that the model was trained on."""
-    side = pipeline.latent_side
-    return side, side, pipeline.unet.config.get("in_channels", 4)
-
-
-def image_size(pipeline: Pipeline) -> int:
-    """Height and width of its images, in pixels."""
-    return latent_shape(pipeline)[0] * pipeline.downscale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,19 +36,27 @@ class Sampler:
     """Samples prompts with one pipeline by its own scheduler; image i has the same noise for every sampler and n."""
 
     def __init__(
-        self, pipeline: Pipeline, prompts: Sequence[str], *, name: str, guidance_scale: float, batch_size: int
+        self,
+        pipeline: Pipeline,
+        prompts: Sequence[str],
+        *,
+        name: str,
+        guidance_scale: float,
+        batch_size: int,
+        image_size: ImageSize | None = None,
     ):
         self.name, self.scheduler, self.guidance_scale = name, pipeline.scheduler_config["_class_name"], guidance_scale
         self._pipeline, self._size, self._programs = pipeline, min(batch_size, len(prompts)), set()
-        self._conditioning = encode_prompts(pipeline, list(prompts), image_size(pipeline))
-        self._unconditional = unconditional(pipeline, self._size, image_size(pipeline))
+        self._latent_shape, size = pipeline.latent_shape(image_size), image_size or pipeline.image_size
+        self._conditioning = encode_prompts(pipeline, list(prompts), size)
+        self._unconditional = unconditional(pipeline, self._size, size)
 
     def sample(self, num_steps: int, *, seeds: Sequence[int], n: int) -> Iterator[SampledBatch]:
         """The first n prompts from the first seed's noise, then from the next one's.
 
         All batches have one size, so that a program compiles once; the last one is cut.
         """
-        noise = jnp.concatenate([draw_noise(seed, n, latent_shape(self._pipeline)) for seed in seeds])
+        noise = jnp.concatenate([draw_noise(seed, n, self._latent_shape) for seed in seeds])
         sampler_rng = jax.random.fold_in(seed_key(seeds[0]), AFTER_ALL_IMAGES)
         self._compile(noise, num_steps, n)
         for batch, start in enumerate(range(0, len(noise), self._size)):
@@ -91,14 +89,19 @@ class Sampler:
             self._programs.add(program)
 
 
-def check_samplers(pipelines: dict[str, Pipeline], steps: Sequence[int], reference_steps: int) -> None:
+def check_samplers(
+    pipelines: dict[str, Pipeline], steps: Sequence[int], reference_steps: int, image_size: ImageSize | None = None
+) -> None:
     """Raise UserError for a step count that a scheduler does not take, and for models that cannot share their noise."""
     for name, pipeline in pipelines.items():
         for num_steps in [*steps, reference_steps] if name == "baseline" else steps:
             step_table(pipeline.scheduler_config, num_steps)
-    shapes = {name: (*latent_shape(pipeline), image_size(pipeline)) for name, pipeline in pipelines.items()}
+    sizes = {name: image_size or pipeline.image_size for name, pipeline in pipelines.items()}
+    shapes = {name: (pipeline.latent_shape(sizes[name]), sizes[name]) for name, pipeline in pipelines.items()}
     if len(set(shapes.values())) > 1:
-        described = {name: f"latents {list(shape[:3])} and images of {shape[3]} px" for name, shape in shapes.items()}
+        described = {
+            name: f"latents {list(shape)} and images of {h} x {w} px" for name, (shape, (h, w)) in shapes.items()
+        }
         raise UserError(
             f"The model has {described['model']}, the baseline {described['baseline']}: name a model "
             "that was distilled from this baseline."

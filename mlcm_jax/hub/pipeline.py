@@ -30,6 +30,7 @@ from mlcm_jax.hub.network import parameter_shapes as parameter_shapes
 from mlcm_jax.hub.save import copy_folder, save_params, write_json
 from mlcm_jax.hub.single_file import LAYOUTS, open_single_file
 from mlcm_jax.hub.tensor_reader import find_weights, has_variant
+from mlcm_jax.image_size import ImageSize, named
 from mlcm_jax.models.attention_backend import AttentionBackend
 from mlcm_jax.outputs import is_remote
 from mlcm_jax.types import TextConditioning
@@ -84,20 +85,26 @@ class Pipeline:
         if size is None:
             raise UserError(
                 f"{self.folder}/unet/config.json has no sample_size, so the size of the images is not known: name it "
-                "with --image_size (config.image_size)."
+                "with --image_size (config.image_size), or height and width."
             )
         return (size, size) if isinstance(size, int) else (size[0], size[1])
 
     @property
-    def latent_side(self) -> int:
-        """The side of its latents; raises UserError where they are not square."""
+    def image_size(self) -> ImageSize:
+        """Height and width in pixels of the images that the UNet was trained on."""
         height, width = self.latent_size
-        if height != width:
-            raise UserError(
-                f"{self.folder}/unet/config.json has sample_size={[height, width]}, and this program takes square "
-                "images alone: name their side with config.image_size."
-            )
-        return height
+        return height * self.downscale, width * self.downscale
+
+    def latent_shape(self, image_size: ImageSize | None = None) -> tuple[int, int, int]:
+        """Height, width and channels of the latents of images; None: of those that the UNet was trained on.
+
+        Raises UserError for a size that the networks cannot take.
+        """
+        height, width = image_size or self.image_size
+        multiple = self.downscale * 2 ** (len(self.unet.config["block_out_channels"]) - 1)
+        if height % multiple or width % multiple:
+            raise UserError(f"{named((height, width))} does not fit this model: use a multiple of {multiple}.")
+        return height // self.downscale, width // self.downscale, self.unet.config.get("in_channels", 4)
 
     def networks(self) -> dict[str, Network]:
         """Networks by the name of their folder."""

@@ -12,13 +12,16 @@ from jaxtyping import Array, Float, Int
 
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import Network, Pipeline
+from mlcm_jax.image_size import ImageSize, both
 from mlcm_jax.types import Params, TextConditioning
 
 CHUNK = 64  # prompts that long lists are encoded by at a time
 
 
-def encode_prompts(pipeline: Pipeline, prompts: Sequence[str], image_size: int) -> TextConditioning:
-    """Conditioning [n ...] of prompts for square images of ``image_size`` pixels, as diffusers' pipelines make it.
+def encode_prompts(pipeline: Pipeline, prompts: Sequence[str], image_size: int | ImageSize) -> TextConditioning:
+    """Conditioning [n ...] of prompts for images of ``image_size`` pixels, as diffusers' pipelines make it.
+
+    image_size: the side of a square, or height and width.
 
     StableDiffusionXLPipeline: the states before each encoder's last layer, side by side, and the last encoder's
     pooled state. StableDiffusionPipeline: the encoder's last states. Longer prompts are cut to the tokenizer's length.
@@ -54,7 +57,9 @@ def encode_tokens(
     return _encode(modules, _is_sdxl(pipeline), placement, params, list(tokens))
 
 
-def unconditional(pipeline: Pipeline, n: int, image_size: int, negative_prompt: str = "") -> TextConditioning:
+def unconditional(
+    pipeline: Pipeline, n: int, image_size: int | ImageSize, negative_prompt: str = ""
+) -> TextConditioning:
     """Conditioning of the unconditional branch: the negative prompt's; without one, zeros where the pipeline forces
     them, else the empty prompt's.
 
@@ -73,10 +78,10 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Int[np.ndarray, "n token
     return encoded["input_ids"].astype(np.int32)
 
 
-def time_ids(n: int, image_size: int) -> Float[Array, "n 6"]:
+def time_ids(n: int, image_size: int | ImageSize) -> Float[Array, "n 6"]:
     """Original size, crop corner and target size, in pixels: a whole square image."""
-    row = jnp.array([image_size, image_size, 0, 0, image_size, image_size], jnp.float32)
-    return jnp.broadcast_to(row, (n, 6))
+    height, width = both(image_size)
+    return jnp.broadcast_to(jnp.array([height, width, 0, 0, height, width], jnp.float32), (n, 6))
 
 
 def _checked_tokens(tokenizer: Any, encoder: Network, prompts: Sequence[str]) -> Int[np.ndarray, "n tokens"]:
@@ -100,7 +105,7 @@ def _is_sdxl(pipeline: Pipeline) -> bool:
     return pipeline.model_index["_class_name"] == "StableDiffusionXLPipeline"
 
 
-def _conditioning(pipeline: Pipeline, tokens: list[np.ndarray], image_size: int) -> TextConditioning:
+def _conditioning(pipeline: Pipeline, tokens: list[np.ndarray], image_size: int | ImageSize) -> TextConditioning:
     return TextConditioning(*encode_tokens(pipeline, tokens), time_ids(len(tokens[0]), image_size))
 
 

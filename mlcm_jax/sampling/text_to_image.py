@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from mlcm_jax.diffusion.samplers import step_table
-from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import Pipeline
+from mlcm_jax.image_size import ImageSize
 from mlcm_jax.rng import seed_key
 from mlcm_jax.sampling.conditioning import encode_prompts, unconditional
 from mlcm_jax.sampling.decode import decode, in_tiles
@@ -25,18 +25,12 @@ class TextToImage:
 
     pipeline: Pipeline
 
-    def noise(self, n: int, *, seed: int = 0, image_size: int = 0) -> Latents:
-        """The initial noise of n images of ``image_size`` pixels (0: what the UNet was made for).
+    def noise(self, n: int, *, seed: int = 0, image_size: ImageSize | None = None) -> Latents:
+        """The initial noise of n images; image_size: height and width in pixels, None: what the UNet was trained on.
 
         Raises UserError for a size that the networks cannot take.
         """
-        unet, downscale = self.pipeline.unet.config, self.pipeline.downscale
-        multiple = downscale * 2 ** (len(unet["block_out_channels"]) - 1)
-        if image_size < 0 or image_size % multiple:
-            raise UserError(f"image_size={image_size} does not fit this model: use a multiple of {multiple}.")
-        side = image_size // downscale
-        size = (side, side) if side else self.pipeline.latent_size
-        return draw_noise(seed, n, (*size, unet.get("in_channels", 4)))
+        return draw_noise(seed, n, self.pipeline.latent_shape(image_size))
 
     def __call__(
         self,
@@ -45,7 +39,7 @@ class TextToImage:
         num_steps: int = 4,
         guidance_scale: float | None = None,
         seed: int = 0,
-        image_size: int = 0,
+        image_size: ImageSize | None = None,
         latents: Latents | None = None,
         eta: float = 0.0,
         vae_tiling: str = "auto",
@@ -63,7 +57,7 @@ class TextToImage:
         num_steps: int = 4,
         guidance_scale: float | None = None,
         seed: int = 0,
-        image_size: int = 0,
+        image_size: ImageSize | None = None,
         latents: Latents | None = None,
         eta: float = 0.0,
     ) -> Latents:
@@ -76,7 +70,8 @@ class TextToImage:
         """
         noise, pipeline = self._start(prompts, seed, image_size, latents), self.pipeline
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        size, n = noise.shape[1] * pipeline.downscale, len(noise)
+        n, height, width, _ = noise.shape
+        size = height * pipeline.downscale, width * pipeline.downscale
         step_table(pipeline.scheduler_config, num_steps, eta)  # answers a mistake before prompts are encoded
         return sample_latents(
             pipeline.unet,
@@ -90,6 +85,8 @@ class TextToImage:
             eta=eta,
         )
 
-    def _start(self, prompts: str | Sequence[str], seed: int, image_size: int, latents: Latents | None) -> Latents:
+    def _start(
+        self, prompts: str | Sequence[str], seed: int, image_size: ImageSize | None, latents: Latents | None
+    ) -> Latents:
         n = 1 if isinstance(prompts, str) else len(prompts)
         return self.noise(n, seed=seed, image_size=image_size) if latents is None else latents

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from mlcm_jax.image_size import ImageSize
 from mlcm_jax.parallel.sharding import bytes_per_device, sharded_fraction
 from mlcm_jax.training.stages import Stage
 
@@ -43,7 +44,7 @@ class Plan:
     mesh: dict[str, int]
     devices: str
     sharded_fraction: float
-    image_size: int
+    image_size: ImageSize
     batch_size: int
     num_steps: int
     stages: tuple["StagePlan", ...]
@@ -57,7 +58,7 @@ class Plan:
             "training": f"{self.trainable}: {_count(self.trained_parameters)} parameters, "
             f"{_count(self.frozen_parameters)} frozen",
             "devices": f"{self.devices}, mesh {mesh}, {self.sharded_fraction:.1%} of the UNet sharded",
-            "images": f"{self.image_size} x {self.image_size} px, {self.batch_size} prompts a step, "
+            "images": f"{self.image_size[0]} x {self.image_size[1]} px, {self.batch_size} prompts a step, "
             f"{self.num_steps} steps",
             **{f"stage {i}": str(stage) for i, stage in enumerate(self.stages, 1)},
             "memory": f"{format_bytes(self.state_bytes)} of trained weights and optimizer, "
@@ -66,7 +67,7 @@ class Plan:
         return "\n".join(f"{name:>10}  {text}" for name, text in rows.items())
 
 
-def make_plan(stages: Sequence[Any], mesh: Mesh, *, image_size: int, state, frozen) -> Plan:
+def make_plan(stages: Sequence[Any], mesh: Mesh, *, image_size: ImageSize, state, frozen) -> Plan:
     """Put the numbers together. stages: program.StageProgram; state, frozen: ShapeDtypeStructs with shardings."""
     config = stages[0].stage.config
     return Plan(

@@ -17,6 +17,7 @@ from mlcm_jax.distillation.state import Frozen, TrainState
 from mlcm_jax.distillation.step import TrainStep, make_train_step
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import Pipeline, conditioning_shapes
+from mlcm_jax.image_size import ImageSize, asked_size
 from mlcm_jax.models.attention_backend import BACKENDS, XLA, AttentionBackend
 from mlcm_jax.models.remat import REMAT_POLICIES
 from mlcm_jax.models.unet import UNet2DConditionModel
@@ -38,7 +39,6 @@ def check(config: ConfigDict) -> None:
     check_rules(
         config,
         {
-            "image_size": NOT_NEGATIVE,
             "guidance_scale_max": NOT_NEGATIVE,
             "seed": between(0, MAX_SEED),
             "batch_size": POSITIVE,
@@ -68,14 +68,14 @@ class StageProgram:
 class Program:
     """The steps of all stages; state, frozen: trees of ShapeDtypeStructs with shardings, as the steps take them.
 
-    latent_shape: height, width, channels. image_size: pixels.
+    latent_shape: height, width, channels. image_size: height and width in pixels.
     """
 
     stages: tuple[StageProgram, ...]
     state: TrainState
     frozen: Frozen
     latent_shape: tuple[int, int, int]
-    image_size: int
+    image_size: ImageSize
     schedule: Schedule
     mesh: Mesh
     plan: Plan
@@ -100,7 +100,8 @@ def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> P
     _check_teacher(architecture)
     _check_batch(config, mesh)
     schedule = Schedule.from_config(architecture.scheduler_config)
-    image_size, latent_shape = _sizes(config, architecture)
+    asked = asked_size(config.image_size, config.height, config.width)
+    image_size, latent_shape = asked or architecture.image_size, architecture.latent_shape(asked)
     stages = read_stages(config)
     networks = read_frozen_networks([stage.config for stage in stages], architecture)
     split, replicated = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
@@ -181,17 +182,6 @@ def _check_teacher(architecture: Pipeline) -> None:
             "The teacher's UNet has time_cond_proj_dim: it is a student that is conditioned on its guidance scale, and "
             "such ones cannot be distilled further; name the model that it was made from."
         )
-
-
-def _sizes(config: ConfigDict, architecture: Pipeline) -> tuple[int, tuple[int, int, int]]:
-    """Image size in pixels, and height, width and channels of the latents."""
-    unet, downscale = architecture.unet.config, architecture.downscale
-    image_size = config.image_size or architecture.latent_side * downscale
-    multiple = downscale * 2 ** (len(unet["block_out_channels"]) - 1)
-    if image_size % multiple:
-        raise UserError(f"config.image_size={image_size} does not fit this teacher: use a multiple of {multiple}.")
-    side = image_size // downscale
-    return image_size, (side, side, unet.get("in_channels", 4))
 
 
 def _check_batch(config: ConfigDict, mesh: Mesh) -> None:

@@ -58,7 +58,7 @@ def make_program(pipeline, mesh, **values):
         stages=tuple(StageProgram(stage, None, batch, 0.0) for stage in read_stages(config)),
         frozen=Frozen({}, shapes(1, replicated)),
         networks=FrozenNetworks(),
-        image_size=32,
+        image_size=(32, 32),
     )
 
 

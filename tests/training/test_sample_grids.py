@@ -31,7 +31,7 @@ def viewer(pipeline, preview_vae, monkeypatch):
     config.sample.update({"preview_vae": str(preview_vae), "steps": (1, 2)})
     monkeypatch.setattr(SampleGrids, "reference", lambda self: LATENTS[0])
     monkeypatch.setattr(SampleGrids, "student", lambda self, state, num_steps: LATENTS[num_steps])
-    program = SimpleNamespace(config=config, latent_shape=(16, 16, 4), image_size=32)
+    program = SimpleNamespace(config=config, latent_shape=(16, 16, 4), image_size=(32, 32))
     texts = Texts(unconditional(pipeline, 1, 32), encode_prompts(pipeline, ["red heart"], 32))
     return SampleGrids(program, pipeline, texts)
 
