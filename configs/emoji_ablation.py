@@ -1,10 +1,10 @@
-"""The rows of docs/ablation.md: what each part of the method is worth on the emoji teacher.
+"""The rows of docs/ablation.md: the parts of the method, one at a time, on the emoji teacher.
 
     python launch/train.py --config=configs/emoji_ablation.py:streaming --workdir=runs/streaming
-    python benchmarks/ablation.py --latents=FILE --out=runs/ablation       # all rows, with their figures
+    python benchmarks/ablation.py --latents=FILE --out=runs/ablation       # trains and measures all rows
 
-The parts are those of MLCM / TLCM (arXiv 2406.05768, table 2), and LCM (2310.04378) beside them. Each further loss is
-alone on top of the improved stage 2.
+The parts are those of MLCM / TLCM (arXiv 2406.05768, table 2); LCM (2310.04378) is the baseline. Each further loss is
+added alone to the improved stage 2.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from mlcm_jax.errors import UserError
 
 LATE = 0.6  # of a run: where a row's later settings begin
 
-# What all rows change in configs/emoji.py:lora: a LoRA at this rate learns in 150 steps what all weights do in 700.
+# What all rows change in configs/emoji.py:lora. A LoRA at this rate needs 150 steps where all weights need 700.
 BASE = {
     "lora.rank": 32,
     "lora.alpha": 32.0,
@@ -27,7 +27,7 @@ BASE = {
     "ema_decay": 0.95,
     "checkpoint_every": 50,
     "keep_checkpoints": 1,
-    # The measurements are this program's own: the run's images need not be many.
+    # benchmarks/ablation.py measures with images of its own, so the run samples few.
     "sample.steps": (4,),
     "sample.teacher_steps": 4,
 }

@@ -2,12 +2,12 @@
 
     python launch/train.py --config=configs/emoji_full.py --workdir=runs/emoji_full
 
-4, then 2 segments on streamed trajectories, where the teacher itself goes to the segment's end; then consistency
-across segments on the student's own samples. Each stage has a learning rate schedule of its own, so a run that ends
-with a stage (--config.num_steps=200) is the first part of the whole run. Its LoRA is shipped: examples/emoji/student.
-There is no reward model: docs/results.md says what one did to an earlier student, and how that was found. Variants add
-one ("reward") or distribution matching ("matching") to the last stage; they have not been measured with this teacher.
-Hardware and time: one CPU core, some 25 minutes. Expected figures: docs/results.md.
+Stages: 4, then 2 segments on streamed trajectories, where the teacher integrates to the segment boundary; then
+consistency across segments on the student's own samples. Each stage has a learning rate schedule of its own, so a run
+that ends with a stage (--config.num_steps=200) is the first part of the whole run. Its LoRA is shipped:
+examples/emoji/student. It uses no reward model: an earlier student exploited one (docs/results.md, "Corrected claims").
+The variants "reward" and "matching" add a reward model or distribution matching to the last stage; they have not been
+measured with this teacher. Hardware and time: one CPU core, about 25 minutes. Expected figures: docs/results.md.
 """
 
 from ml_collections import ConfigDict

@@ -1,14 +1,14 @@
-"""Latent consistency distillation (LCM, arXiv 2310.04378) of the emoji teacher: the baseline, from the same program.
+"""Latent consistency distillation (LCM, arXiv 2310.04378) of the emoji teacher: the baseline.
 
     python launch/encode.py --model=examples/emoji/teacher --prompts=examples/emoji/prompts/train.txt \
         --guidance_scale=5 --out=runs/emoji_latents.safetensors
     python launch/train.py --config=configs/emoji_lcm.py --workdir=runs/emoji_lcm
 
-One segment, noised latents in place of trajectories, x0 as the target, a moving average that makes it, pseudo-Huber.
+One segment, noised latents instead of trajectories, an x0 target by the moving average, pseudo-Huber distance.
 The latents are the teacher's own images; --images=... encodes others. Budget and optimizer are configs/emoji.py's.
-The guidance scale is drawn from 3 to 15 (2 to 14 as the paper counts it, w of eps_c + w (eps_c - eps_u)) and the
-student is conditioned on it, so launch/sample.py and diffusers take guidance_scale. Not
-measured yet with this range; docs/ablation.md has LCM at one scale, from configs/emoji_ablation.py:lcm.
+The guidance scale is drawn from 3 to 15 (2 to 14 in the paper's convention, w of eps_c + w (eps_c - eps_u)). The
+student is conditioned on it, so launch/sample.py and diffusers take guidance_scale. Not measured with this range;
+docs/ablation.md has LCM at one scale, from configs/emoji_ablation.py:lcm.
 """
 
 from ml_collections import ConfigDict

@@ -4,8 +4,8 @@
     python launch/evaluate.py --config=configs/eval_coco5k.py --model=DIR --out=runs/coco5k
 
 Needs the weights of the evaluation networks below networks/ (docs/evaluate.md), 16 GB of host memory for the baseline's
-images, and accelerators that sample 5,000 of them for each number of steps. It has not been run here: no such weights
-are at hand. Expected, by the paper's sixth version (ours of CLIP is the cosine, a hundredth of this):
+images, and accelerators that sample 5,000 of them for each number of steps. Not run: these weights were not available.
+Expected, from the paper's sixth version (our CLIP score is the cosine, a hundredth of this):
 
     sampler                     FID     CLIP    aesthetic   ImageReward
     SDXL, DDIM, 25 steps        23.29   33.97   5.87        0.82
@@ -13,7 +13,7 @@ are at hand. Expected, by the paper's sixth version (ours of CLIP is the cosine,
     TLCM, 4 steps               30.33   33.52   6.06        1.01
     TLCM, 8 steps               32.40   33.53   6.08        1.02
 
-The entries are flags of launch/evaluate.py; what the command line gives goes before them.
+The entries are defaults for flags of launch/evaluate.py; the command line overrides them.
 """
 
 from ml_collections import ConfigDict

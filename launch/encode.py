@@ -1,4 +1,4 @@
-"""Encode before a training what it would else encode on its way: clean latents, or text states.
+"""Encode latents or text states before a training, which then reads them from a file.
 
     python launch/encode.py --model=DIR --images=DIR2 --out=latents.safetensors
     python launch/encode.py --model=DIR --prompts=FILE --out=latents.safetensors

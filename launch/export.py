@@ -1,6 +1,6 @@
 """Export a run's student: python launch/export.py --workdir=runs/emoji --format=diffusers --out=DIR.
 
-It works on the CPU alone, also while the run goes on with the accelerator.
+It needs the CPU only, and works while the run goes on with the accelerator.
 """
 
 import jax

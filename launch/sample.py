@@ -1,7 +1,7 @@
 """Make images with any diffusers folder: python launch/sample.py --model=DIR --prompt="red heart, noto style".
 
-The folder's own scheduler decides the sampler. Several images (several --prompt, or several latents in --latents) come
-as one grid. Without --model the shipped emoji student is taken, and without --prompt, too, its example captions.
+The sampler is the folder's own scheduler. Several images (several --prompt, or several latents in --latents) become one
+grid. Without --model the shipped emoji student is used; without --prompt as well, its example captions.
 """
 
 import dataclasses

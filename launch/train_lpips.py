@@ -1,7 +1,7 @@
-"""Learn a perceptual distance of latents for config.distance=latent_lpips.
+"""Train a perceptual distance of latents for config.distance=latent_lpips.
 
     python launch/train_lpips.py --model=DIR --bapps=BAPPS/2afc/train --heldout=BAPPS/2afc/val --out=latent_lpips
-    python launch/train_lpips.py --model=DIR --images=PICTURES --heldout=OTHERS --scorer=CLIP --out=latent_lpips
+    python launch/train_lpips.py --model=DIR --images=IMAGES --heldout=OTHERS --scorer=CLIP --out=latent_lpips
 
 --bapps: people's judgements, folders ref, p0, p1 and judge (arXiv 1801.03924). --images: images instead; two
 distortions of the same latents are drawn, and the one whose decoded image is closer, in the inner features of

@@ -36,8 +36,8 @@ run() { if [[ $DRY_RUN ]]; then printf '%q ' "$@" && echo; else "$@"; fi; }
 queued() { run gcloud compute tpus queued-resources "$@" "${WHERE[@]}"; }
 workers() { run gcloud compute tpus tpu-vm ssh "$NAME" "--worker=$1" "--command=$2" "${WHERE[@]}"; }
 state() {
-    local told
-    if told=$(queued describe "$NAME" '--format=value(state.state)' 2>/dev/null); then echo "$told"; else echo ABSENT; fi
+    local answer
+    if answer=$(queued describe "$NAME" '--format=value(state.state)' 2>/dev/null); then echo "$answer"; else echo ABSENT; fi
 }
 
 create() {
@@ -79,7 +79,7 @@ else
         status=0 && follow || status=$?
         # 2: a setting that cannot work, which another slice does not help
         if [[ $status == 0 || $status == 2 ]]; then break; fi
-        sleep "$POLL" # that the slice was taken away is told a little later
+        sleep "$POLL" # the state of a pre-empted slice changes a little later
         if [[ $(state) == ACTIVE ]]; then break; fi
         echo "The slice is gone: waiting for another one." >&2
     done
