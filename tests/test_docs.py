@@ -125,8 +125,8 @@ def test_a_block_that_is_not_run_says_when_it_was(block):
 @functools.cache
 def flags_of(program: str) -> set[str]:
     """The names of the absl or argparse flags in a program and in the modules that bring flags along."""
-    files = [ROOT / program, ROOT / "mlcm_jax/cli.py", ROOT / "mlcm_jax/model_flags.py", ROOT / "benchmarks/options.py"]
-    text = "".join(file.read_text() for file in files)
+    shared = ("mlcm_jax/cli.py", "mlcm_jax/model_flags.py", "mlcm_jax/size_flags.py", "benchmarks/options.py")
+    text = "".join((ROOT / name).read_text() for name in (program, *shared))
     return set(re.findall(r'(?:DEFINE_\w+|add_argument)\(\s*"(?:--)?(\w+)"', text))
 
 
@@ -189,6 +189,12 @@ def test_former_settings_are_not_used(page):
     text = page.read_text(encoding="utf-8")
     former = [name for name in RENAMED if re.search(rf"\b{re.escape(name)}\b", text)]
     assert not former, f"{page.name} uses former names: {', '.join(former)}"
+
+
+def test_the_configuration_page_lists_every_setting():
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    missing = [name for name in base() if f"`{name}`" not in text]
+    assert not missing, missing
 
 
 def test_the_readme_is_short():
