@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from forked_programs import start
+from forked_programs import start, start_toy_run
 from programs import Programs, saved_steps
 from tiny_models import ONE_LEVEL_XL, save_sdxl
 
@@ -35,17 +35,18 @@ def last_step(workdir):
     return lines[-1]["step"] if lines else 0
 
 
-def kill(process, workdir, moment) -> bool:
-    """Kill -9 some steps and a part of a second on, or some seconds after the start; False: it had ended before."""
+def kill(process, workdir, moment, *, steps: int, seconds: float) -> bool:
+    """Kill -9 up to ``steps`` steps and a part of a second after the newest checkpoint or, one time in four, up to
+    ``seconds`` after the start; False: it had ended before."""
     begin, metrics = time.time(), workdir / "metrics.jsonl"
-    at_the_start, seconds = moment.random() < 0.25, moment.uniform(0, 15)
-    step = max(saved_steps(workdir) if metrics.exists() else [0], default=0) + moment.integers(1, 7)
+    at_the_start, wait = moment.random() < 0.25, moment.uniform(0, seconds)
+    step = max(saved_steps(workdir) if metrics.exists() else [0], default=0) + moment.integers(1, steps + 1)
     while process.is_alive():
-        if at_the_start and time.time() - begin > seconds:
+        if at_the_start and time.time() - begin > wait:
             break
         # A run that goes on writes the file anew, without the lines of later steps than its checkpoint.
         if not at_the_start and metrics.exists() and metrics.stat().st_mtime > begin and last_step(workdir) >= step:
-            time.sleep(moment.uniform(0, 0.4))
+            time.sleep(moment.uniform(0, 0.2))
             break
         time.sleep(0.005)
     process.kill()
@@ -53,35 +54,60 @@ def kill(process, workdir, moment) -> bool:
     return process.exitcode == -signal.SIGKILL
 
 
+def killed_often(begin, workdir, log, **moments) -> list[int]:
+    """Start and kill ``KILLS`` times, then let it end; the last steps that were logged before each kill."""
+    moment, at = np.random.default_rng(2026), []
+    while len(at) < KILLS:
+        assert kill(begin(workdir), workdir, moment, **moments), log.read_text()[-3000:]
+        at.append(last_step(workdir))
+        print(f"kill {len(at)}: step {at[-1]}, checkpoints {saved_steps(workdir) if at[-1] else []}", flush=True)
+    finish(begin(workdir), log)
+    assert "skipped" not in log.read_text(), "a kill leaves whole checkpoints"
+    assert len({step for step in at if step}) > KILLS // 3, "the kills fell on many steps"
+    return at
+
+
+def finish(process, log) -> None:
+    process.join()
+    assert process.exitcode == 0, log.read_text()[-3000:]
+
+
+def assert_same_curve(killed, whole, num_steps) -> None:
+    ours, theirs = curve(killed), curve(whole)
+    assert [line["step"] for line in theirs] == list(range(1, num_steps + 1))
+    assert ours == theirs, "every step once, and to the bit"
+    kept = sorted(int(place.name) for place in (killed / "checkpoints").iterdir())
+    assert kept == [num_steps - 3, num_steps], "nothing is left behind"
+
+
+@pytest.mark.slow
+def test_twenty_kills_of_the_loop_change_nothing(tmp_path):
+    """With a denoiser of two matrices: the kills fall among fast steps and saves."""
+    whole, killed, log, num_steps = tmp_path / "whole", tmp_path / "killed", tmp_path / "log", 300
+    env = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+    def begin(workdir):
+        return start_toy_run(workdir, num_steps, env, log)
+
+    finish(begin(whole), log)
+    killed_often(begin, killed, log, steps=20, seconds=5)
+    assert_same_curve(killed, whole, num_steps)
+    assert (killed / "weights.json").read_bytes() == (whole / "weights.json").read_bytes()
+
+
 @pytest.mark.slow
 def test_twenty_kills_change_nothing(tmp_path):
     (tmp_path / "teacher").mkdir()
     programs = Programs(tmp_path, save_sdxl(tmp_path / "teacher", ONE_LEVEL_XL, gain=10.0))
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    log = tmp_path / "log"
+    whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
 
     def begin(workdir):
         return start("train", programs.train_args(workdir, **SETTINGS), programs.env, log)
 
-    def finish(workdir):
-        process = begin(workdir)
-        process.join()
-        assert process.exitcode == 0, log.read_text()[-3000:]
-
-    finish(whole)
-    moment, at = np.random.default_rng(2026), []
-    while len(at) < KILLS:
-        assert kill(begin(killed), killed, moment), log.read_text()[-3000:]
-        at.append(last_step(killed))
-        print(f"kill {len(at)}: step {at[-1]}, checkpoints {saved_steps(killed) if at[-1] else []}", flush=True)
-    finish(killed)
-    assert "skipped" not in log.read_text(), "a kill leaves whole checkpoints"
-    assert len({step for step in at if step}) > KILLS // 3, "the kills fell on many steps"
-    ours, theirs = curve(killed), curve(whole)
-    assert [line["step"] for line in theirs] == list(range(1, NUM_STEPS + 1))
-    assert ours == theirs, "every step once, and to the bit"
+    finish(begin(whole), log)
+    killed_often(begin, killed, log, steps=6, seconds=15)
+    assert_same_curve(killed, whole, NUM_STEPS)
     files = sorted(file.relative_to(whole) for file in (whole / "export").rglob("*") if file.is_file())
     for file in [*files, *(f"samples/{name}.png" for name in ("final", "closeness"))]:
         assert (killed / file).read_bytes() == (whole / file).read_bytes(), file
     assert json.loads((killed / "results.json").read_text()) == json.loads((whole / "results.json").read_text())
-    assert sorted(p.name for p in (killed / "checkpoints").iterdir()) == ["57", "60"]
