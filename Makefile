@@ -8,7 +8,7 @@ WORKDIR ?= runs/emoji
 EXTRAS ?=
 PYTEST_FLAGS ?= -m 'not slow'
 # A file's tests stay in one process, as they share what it made; at most 8 processes, for memory.
-WORKERS ?= -n auto --maxprocesses=8 --dist loadfile
+WORKERS ?= -n auto --maxprocesses=8 --dist worksteal
 
 BIN := .venv/bin
 STAMP := .venv/.stamp$(EXTRAS:%=-%)

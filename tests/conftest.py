@@ -1,10 +1,13 @@
 """What all tests share: the default backend, run-time shape checks and strict array arithmetic."""
 
 import dataclasses
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from asked_devices import wants_gpu
@@ -12,6 +15,11 @@ from asked_devices import wants_gpu
 if not wants_gpu(sys.argv):  # before jax is imported
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"  # for meshes
+# One cache of compiled programs for this session: its workers and the programs that they start inherit the variables.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mlcm_jax_xla_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 os.environ.pop("PYTHONPATH", None)  # for programs that tests start: the install alone has to find what they import
 
 import hypothesis
@@ -80,10 +88,9 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
-def launch(tmp_path_factory):
+def launch():
     """launch(program, *args) -> {"status", "stdout", "stderr"} of a process of its own."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-    env.setdefault("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("xla")))  # not the user's
     env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
     command = [sys.executable, "tests/launch_server.py"]
     server = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

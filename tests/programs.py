@@ -19,7 +19,7 @@ TIMEOUT = 1500  # seconds; of a machine that is busy with other tests
 
 
 class Programs:
-    """Programs on CPU devices, with one cache of compiled programs for all processes of a module."""
+    """Programs on CPU devices, which share the session's cache of compiled programs."""
 
     def __init__(self, folder: Path, teacher: Path):
         self.folder, self.teacher = folder, teacher
@@ -28,8 +28,6 @@ class Programs:
         self.env = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "HF_HUB_OFFLINE": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         }
 

@@ -163,7 +163,8 @@ def test_a_step_with_all_losses_trains_student_and_critics(convolutional):
         assert max(jax.tree.leaves(moved)) > 1e-6
     first = float(metrics["adversarial_critic"])
     for _ in range(5):
-        state, metrics = stage.step(dataclasses.replace(state, step=jnp.int32(0)), frozen, batch)
+        first_step = jax.device_put(np.int32(0), state.step.sharding)  # placed otherwise, the step compiles anew
+        state, metrics = stage.step(dataclasses.replace(state, step=first_step), frozen, batch)
     assert float(metrics["adversarial_critic"]) < first, "at fixed draws the heads learn to discriminate"
 
 
