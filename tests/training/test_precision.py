@@ -15,6 +15,7 @@ from mlcm_jax.distillation.states import empty_buffer
 from mlcm_jax.distillation.step import make_train_step
 from mlcm_jax.hub.pipeline import network_shapes
 from mlcm_jax.models.unet import UNet2DConditionModel
+from mlcm_jax.rng import seed_words
 from mlcm_jax.types import Batch, TextConditioning
 
 CHANNELS, LATENT_SHAPE, ROWS = 64, (8, 8, 4), 4
@@ -69,7 +70,8 @@ def loss_and_gradient(dtype, prediction_type):
     module = UNet2DConditionModel.from_config(UNET, jnp.dtype(dtype))
     params = denoiser_weights(network_shapes(module, UNET))
     config, rng = settings(batch_size=ROWS, skip=1000, guidance_scale=8.0), np.random.default_rng(1)
-    batch = Batch(conditioning(rng, ROWS), jnp.zeros(ROWS, jnp.int32), jnp.int32(4), jnp.full(ROWS, 8.0), jnp.int32(0))
+    seed = jnp.asarray(seed_words(config.seed))
+    batch = Batch(conditioning(rng, ROWS), jnp.zeros(ROWS, jnp.int32), jnp.int32(4), jnp.full(ROWS, 8.0), seed)
     frozen = Frozen(params, conditioning(rng, 1))
     schedule = dataclasses.replace(SCHEDULE, prediction_type=prediction_type)
     state = create(params, optax.sgd(1.0), trajectory_buffer=empty_buffer(ROWS, LATENT_SHAPE))
