@@ -1,7 +1,7 @@
 """What all tests share: the default backend, run-time shape checks and strict array arithmetic."""
 
-import dataclasses
 import atexit
+import dataclasses
 import json
 import os
 import shutil
