@@ -20,7 +20,7 @@ from mlcm_jax.cli import run_main
 from mlcm_jax.data.latents import save_latents
 from mlcm_jax.data.prompts import open_prompts, read_prompts
 from mlcm_jax.data.real_images import RealImages
-from mlcm_jax.data.text_states import States, TextStatesWriter
+from mlcm_jax.data.text_states import TextState, TextStatesWriter
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.model_index import TEXT_ENCODERS
 from mlcm_jax.hub.pipeline import Pipeline
@@ -93,17 +93,17 @@ def write_text_states(prompts: str, sample_prompts: str) -> str:
     source, samples = open_prompts(prompts, PROMPTS_COLUMN.value), read_prompts(sample_prompts)
     pipeline, n = load_model(DTYPE.value, DTYPE.value, TEXT_ENCODERS), BATCH_SIZE.value
 
-    def states(texts: list[str]) -> States:
+    def states(texts: list[str]) -> TextState:
         padded = texts + [""] * (-len(texts) % n)  # one shape, one program
         parts = [_states(encode_prompts(pipeline, padded[i : i + n], 0)) for i in range(0, len(padded), n)]
-        return States(*(np.concatenate(part)[: len(texts)] for part in zip(*parts, strict=True)))
+        return TextState(*(np.concatenate(part)[: len(texts)] for part in zip(*parts, strict=True)))
 
     writer, num_texts = TextStatesWriter(OUT.value), 0
     for start in tqdm(range(0, len(source), n), unit="batch"):
         rows = source.__getitems__(range(start, min(start + n, len(source))))
         whole, done = states([text for texts in rows for text in texts]), 0
         for texts in rows:
-            writer.write(texts, States(*(part[done : done + len(texts)] for part in whole)))
+            writer.write(texts, TextState(*(part[done : done + len(texts)] for part in whole)))
             done += len(texts)
         num_texts += done
     negative = NEGATIVE_PROMPT.value
@@ -111,8 +111,8 @@ def write_text_states(prompts: str, sample_prompts: str) -> str:
     return f"states of {num_texts} texts in {len(source)} rows, and of {len(samples)} sample prompts"
 
 
-def _states(conditioning: TextConditioning) -> States:
-    return States(*jax.device_get((conditioning.hidden_states, conditioning.pooled)))
+def _states(conditioning: TextConditioning) -> TextState:
+    return TextState(*jax.device_get((conditioning.hidden_states, conditioning.pooled)))
 
 
 def main():

@@ -106,7 +106,7 @@ def fingerprint(source: TextSource) -> dict[str, Any]:
     return {"rows": len(source), "sha256": digest.hexdigest()}
 
 
-class Place(NamedTuple):
+class PromptIndex(NamedTuple):
     """A row of the source, and how often the stream has walked through all rows before."""
 
     row: int
@@ -117,11 +117,11 @@ class Place(NamedTuple):
         return self.epoch % num_texts
 
 
-def shuffled(positions: Iterable[int], n: int, seed: int) -> list[Place]:
+def shuffled(positions: Iterable[int], n: int, seed: int) -> list[PromptIndex]:
     """Where the positions of an endless stream lie, which goes through all n rows in a new random order each time;
     any position can be asked for."""
     epochs = (divmod(int(position), n) for position in positions)
-    return [Place(int(_order(seed, epoch, n)[index]), epoch) for epoch, index in epochs]
+    return [PromptIndex(int(_order(seed, epoch, n)[index]), epoch) for epoch, index in epochs]
 
 
 @lru_cache(maxsize=4)  # trajectories of a few epochs can be under way at a time

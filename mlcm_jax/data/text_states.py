@@ -25,7 +25,7 @@ from mlcm_jax.types import TextConditioning
 NUM_COMPARED = 64  # rows whose texts are compared with the prompts before a run
 
 
-class States(NamedTuple):
+class TextState(NamedTuple):
     """Token states and pooled states of n texts, in the dtype that they were encoded in."""
 
     hidden_states: Float[np.ndarray, "n tokens d"]
@@ -44,10 +44,12 @@ class TextStatesWriter:
         self._temporary = self._path.with_name(f".{self._path.name}.tmp")
         self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1,uncompressed")  # floats do not shrink
 
-    def write(self, texts: Sequence[str], states: States) -> None:
+    def write(self, texts: Sequence[str], states: TextState) -> None:
         self._writer.write(_packed(states._asdict(), {"texts": list(texts)}))
 
-    def finish(self, unconditional: States, negative_prompt: str, sample: States, sample_prompts: list[str]) -> None:
+    def finish(
+        self, unconditional: TextState, negative_prompt: str, sample: TextState, sample_prompts: list[str]
+    ) -> None:
         """unconditional: one row. sample: of the sample prompts."""
         tensors = {f"unconditional.{name}": value for name, value in unconditional._asdict().items()}
         tensors |= {f"sample.{name}": value for name, value in sample._asdict().items()}
@@ -70,7 +72,7 @@ class TextStates:
             self._records = ArrayRecordDataSource(str(path))
             tensors, self._said = _unpacked(self._records[len(self._records) - 1])
             self.unconditional, self.sample = (
-                States(tensors[f"{name}.hidden_states"], tensors[f"{name}.pooled"])
+                TextState(tensors[f"{name}.hidden_states"], tensors[f"{name}.pooled"])
                 for name in ("unconditional", "sample")
             )
         except (RuntimeError, ValueError, IndexError, KeyError, SafetensorError):
@@ -79,10 +81,10 @@ class TextStates:
     def __len__(self) -> int:
         return len(self._records) - 1
 
-    def __getitems__(self, rows: Sequence[int]) -> list[States]:
+    def __getitems__(self, rows: Sequence[int]) -> list[TextState]:
         """Of each row the states of all its texts."""
         records = self._records.__getitems__([int(row) for row in rows])
-        return [States(**_unpacked(record)[0]) for record in records]
+        return [TextState(**_unpacked(record)[0]) for record in records]
 
     def check(
         self, prompts: TextSource, shapes: TextConditioning, *, negative_prompt: str, sample_prompts: list[str]

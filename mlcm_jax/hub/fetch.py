@@ -11,11 +11,15 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from mlcm_jax.errors import UserError, shortened
 from mlcm_jax.hub.lora_names import ADAPTER_CONFIG, FILE_NAMES
 from mlcm_jax.hub.single_file import class_of_checkpoint
-from mlcm_jax.hub.tensor_reader import has_variant, refuse_pickle
+from mlcm_jax.hub.tensor_reader import BASE_NAMES, has_variant, refuse_pickle
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-BASE_NAMES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-BASE_NAMES["text_encoder_2"] = "model"
+WEIGHTS_NAMES: dict[str, str] = {  # of each part of a folder, by the library that wrote it
+    "unet": BASE_NAMES["diffusers"],
+    "vae": BASE_NAMES["diffusers"],
+    "text_encoder": BASE_NAMES["transformers"],
+    "text_encoder_2": BASE_NAMES["transformers"],
+}
 SCHEDULER_NAME = "scheduler_config.json"  # diffusers' own name
 SHARD = "-?????-of-?????"
 # the settings that a single file does not hold, by its pipeline's class; tokenizers are not among them
@@ -98,7 +102,7 @@ def resolve_folder(
         raise UserError(f"{model} does not exist: name the folder of a diffusers model, or a hub id like owner/name.")
     folder = download(str(model), snapshot_patterns(variant, weights), revision)
     if variant and weights:  # a part that has none of the variant is read in full precision
-        parts = [part for part in BASE_NAMES if (folder / part).is_dir()]
+        parts = [part for part in WEIGHTS_NAMES if (folder / part).is_dir()]
         others = [part for part in parts if not has_variant(folder / part, variant)]
         if 0 < len(others) < len(parts):
             download(str(model), weights_patterns(None, others), revision)
@@ -148,14 +152,14 @@ def resolve_lora(place: str | Path) -> Path:
 def snapshot_patterns(variant: str | None, weights: bool = True) -> list[str]:
     """What to download of a diffusers repository: settings and tokenizers, and the safetensors of one variant."""
     settings = ["model_index.json", *(f"{part}/*.{suffix}" for part in PARTS for suffix in ("json", "txt"))]
-    return settings + weights_patterns(variant, BASE_NAMES) if weights else settings
+    return settings + weights_patterns(variant, WEIGHTS_NAMES) if weights else settings
 
 
 def weights_patterns(variant: str | None, parts: Iterable[str]) -> list[str]:
     """The safetensors of one variant in the folders of ``parts``."""
     dot = f".{variant}" if variant else ""
     forms = (f"{dot}.safetensors", f"{dot}{SHARD}.safetensors", f"{SHARD}{dot}.safetensors")
-    return [f"{part}/{BASE_NAMES[part]}{form}" for part in parts for form in dict.fromkeys(forms)]
+    return [f"{part}/{WEIGHTS_NAMES[part]}{form}" for part in parts for form in dict.fromkeys(forms)]
 
 
 def download(repository: str, patterns: Sequence[str], revision: str | None = None) -> Path:

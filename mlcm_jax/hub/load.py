@@ -27,7 +27,7 @@ from mlcm_jax.hub.tensor_reader import read_json as read_json
 from mlcm_jax.types import Params
 
 # Buffers that older versions of transformers wrote among the weights; they hold nothing that was learnt.
-IGNORED = (re.compile(r"(^|\.)embeddings\.position_ids$"),)
+BUFFERS = (re.compile(r"(^|\.)embeddings\.position_ids$"),)
 
 # Other versions' spelling -> ours; a rule is used only where its result is a name that the network has.
 ALIASES = (
@@ -53,7 +53,7 @@ def _match_names(
     for name in in_file:
         if name in expected:
             found[name] = name
-        elif not any(rule.search(name) for rule in (*IGNORED, *ignored)):
+        elif not any(rule.search(name) for rule in (*BUFFERS, *ignored)):
             spelt = (rule.sub(new, name) for rule, new in ALIASES if rule.search(name))
             ours = next((s for s in spelt if s in expected and s not in in_file), None)
             if ours is None or ours in found:

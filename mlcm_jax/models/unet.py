@@ -50,7 +50,7 @@ class TimestepEmbedding(nn.Module):
         return Dense(self.features, dtype=self.dtype, name="linear_2")(x)
 
 
-class Stage(nn.Module):
+class UNetBlock(nn.Module):
     """What the blocks of all three kinds share: layers of a resnet and, where the depth is not 0, a transformer."""
 
     config: UNetConfig
@@ -80,7 +80,7 @@ class Stage(nn.Module):
         )(x, context)
 
 
-class DownBlock(Stage):
+class DownBlock(UNetBlock):
     """DownBlock2D and CrossAttnDownBlock2D; returns the output and all states for the way up."""
 
     downsample: bool = False
@@ -97,7 +97,7 @@ class DownBlock(Stage):
         return x, states
 
 
-class MidBlock(Stage):
+class MidBlock(UNetBlock):
     """UNetMidBlock2DCrossAttn, and UNetMidBlock2D, which is one resnet."""
 
     @nn.compact
@@ -107,7 +107,7 @@ class MidBlock(Stage):
         return x
 
 
-class UpBlock(Stage):
+class UpBlock(UNetBlock):
     """UpBlock2D and CrossAttnUpBlock2D; each layer takes the newest of ``states``."""
 
     upsample: bool = False

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from mlcm_jax.data.latents import LatentFile
-from mlcm_jax.data.prompts import Place, TextSource, shuffled
-from mlcm_jax.data.text_states import States, TextStates
+from mlcm_jax.data.prompts import PromptIndex, TextSource, shuffled
+from mlcm_jax.data.text_states import TextState, TextStates
 from mlcm_jax.parallel.sharding import batch_sharding, local_rows
 from mlcm_jax.training.batch_plan import batch_plan, source_of, takes_new_prompt
 from mlcm_jax.training.program import Program, StageProgram
@@ -28,7 +28,7 @@ class NewPrompts(NamedTuple):
     example: Int[np.ndarray, " m"]
     texts: list[str]
     tokens: list[Int[np.ndarray, "m t"]] | None = None
-    states: States | None = None
+    states: TextState | None = None
 
 
 class HostBatch(NamedTuple):
@@ -108,16 +108,18 @@ class BatchReader:
             texts = np.full(example.size, "", object)
             texts[real] = self._texts(places)
             return NewPrompts(example.ravel(), texts.tolist())
-        padded = States(*(np.zeros((example.size, *part.shape[1:]), part.dtype) for part in self._states.unconditional))
+        padded = TextState(
+            *(np.zeros((example.size, *part.shape[1:]), part.dtype) for part in self._states.unconditional)
+        )
         of_rows = self._states.__getitems__([place.row for place in places])
         for i, place, states in zip(np.flatnonzero(real), places, of_rows, strict=True):
             for part, values in zip(padded, states, strict=True):
                 part[i] = values[place.turn(len(values))]
         return NewPrompts(example.ravel(), [], states=padded)
 
-    def _places(self, positions: np.ndarray) -> list[Place]:
+    def _places(self, positions: np.ndarray) -> list[PromptIndex]:
         return shuffled(positions, len(self._prompts), self._program.config.seed)
 
-    def _texts(self, places: list[Place]) -> list[str]:
+    def _texts(self, places: list[PromptIndex]) -> list[str]:
         of_rows = self._prompts.__getitems__([place.row for place in places])
         return [texts[place.turn(len(texts))] for place, texts in zip(places, of_rows, strict=True)]

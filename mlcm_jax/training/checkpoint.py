@@ -102,9 +102,6 @@ class Checkpoints:
             self._saving = step
             self._manager.save(step, args=ocp.args.StandardSave(_as_saved(state)))
 
-    def latest_step(self) -> int | None:
-        return self._manager.latest_step()
-
     def go_back(self, like: Any, step: int) -> Any:
         """The newest state of at most ``step``; later ones are removed. None, and all stay, where there is none."""
         with self._disk_errors():

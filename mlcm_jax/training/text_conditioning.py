@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mlcm_jax.data.prompts import TextSource
-from mlcm_jax.data.text_states import States, TextStates
+from mlcm_jax.data.text_states import TextState, TextStates
 from mlcm_jax.hub.pipeline import Pipeline
 from mlcm_jax.image_size import ImageSize
 from mlcm_jax.parallel.distributed import host_array
@@ -45,6 +45,6 @@ def read_texts(program: Program, pipeline: Pipeline, sample_prompts: list[str], 
     return Texts(jax.tree.map(lambda a, like: from_equal_values(like.sharding, host_array(a)), none, shapes), sample)
 
 
-def _conditioning(states: States, image_size: ImageSize) -> TextConditioning:
+def _conditioning(states: TextState, image_size: ImageSize) -> TextConditioning:
     hidden_states, pooled = (jnp.asarray(part) for part in states)
     return TextConditioning(hidden_states, pooled, time_ids(len(pooled), image_size))

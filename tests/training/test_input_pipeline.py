@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from small_runs import settings
 
 from mlcm_jax.data.prompts import TextLines, shuffled
-from mlcm_jax.data.text_states import States, TextStates, TextStatesWriter
+from mlcm_jax.data.text_states import TextState, TextStates, TextStatesWriter
 from mlcm_jax.distillation.frozen_networks import FrozenNetworks
 from mlcm_jax.distillation.state import Frozen
 from mlcm_jax.errors import UserError
@@ -119,7 +119,7 @@ def test_a_streamed_prompt_is_encoded_once(program, pipeline, monkeypatch):
 def write_states(pipeline, path, negative_prompt=""):
     def states(prompts):
         conditioning = jax.device_get(encode_prompts(pipeline, prompts, 32))
-        return States(conditioning.hidden_states, conditioning.pooled)
+        return TextState(conditioning.hidden_states, conditioning.pooled)
 
     writer = TextStatesWriter(path)
     for texts in PROMPTS.__getitems__(range(len(PROMPTS))):

@@ -31,7 +31,7 @@ BATCH_NORM_EPS = 1e-3
 STEM, HEAD = 32, 1280  # channels, of all sizes
 
 
-class Stage(NamedTuple):
+class StageSettings(NamedTuple):
     """Blocks of one width, before the coefficients; the first block has the stride."""
 
     repeats: int
@@ -42,13 +42,13 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage(1, 3, 1, 1, 16),
-    Stage(2, 3, 2, 6, 24),
-    Stage(2, 5, 2, 6, 40),
-    Stage(3, 3, 2, 6, 80),
-    Stage(3, 5, 1, 6, 112),
-    Stage(4, 5, 2, 6, 192),
-    Stage(1, 3, 1, 6, 320),
+    StageSettings(1, 3, 1, 1, 16),
+    StageSettings(2, 3, 2, 6, 24),
+    StageSettings(2, 5, 2, 6, 40),
+    StageSettings(3, 3, 2, 6, 80),
+    StageSettings(3, 5, 1, 6, 112),
+    StageSettings(4, 5, 2, 6, 192),
+    StageSettings(1, 3, 1, 6, 320),
 )
 
 
@@ -59,7 +59,7 @@ def scaled_features(features: int, width_coefficient: float) -> int:
     return rounded + 8 if rounded < 0.9 * wanted else rounded
 
 
-def block_settings(width_coefficient: float, depth_coefficient: float) -> list[Stage]:
+def block_settings(width_coefficient: float, depth_coefficient: float) -> list[StageSettings]:
     """One entry a block, with ``repeats`` 1; the first and the last stage keep their depth."""
     blocks = []
     for i, stage in enumerate(STAGES):
@@ -99,7 +99,7 @@ class DepthwiseConv(nn.Module):
 class Block(nn.Module):
     """Inverted residual (arXiv 1801.04381): widen, filter each channel, narrow; skipped where the shape stays."""
 
-    settings: Stage
+    settings: StageSettings
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
