@@ -39,7 +39,7 @@ def test_16_bits_keep_the_upper_8(tmp_path, color):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
-def test_the_camera_is_held_upright(tmp_path, orientation, suffix):
+def test_exif_orientation_is_applied(tmp_path, orientation, suffix):
     exif = Image.Exif()
     exif[0x0112] = orientation
     large = np.kron(CORNERS, np.ones((16, 16), np.uint8))  # JPEG rounds, within a block little

@@ -58,7 +58,7 @@ def run(tmp_path):
     return call
 
 
-def test_rows_measure_in_turn_and_a_failure_is_told(run):
+def test_rows_measure_in_turn_and_a_failure_is_reported(run):
     text, found, turns = run("--rows=full:2,lora:2@slices,sample:8,start:2", "--torch_rows=sample:8")
     assert turns == ["lora:2 []", "sample:8 ['torch']", "start:2 []"]
     assert found["problems"] == {"full:2": "out of memory"}

@@ -30,7 +30,7 @@ def test_images_are_torchs(tmp_path):
     assert sample.check("small", "float32", tmp_path) <= 1
 
 
-def test_turns_and_failures_are_told():
+def test_turns_and_failures_are_reported():
     turns = []
     sides = {name: timing.Side(lambda name=name: turns.append(name), lambda: None) for name in ("a", "b")}
     timings = timing.time_in_turns(sides, 3)

@@ -207,7 +207,7 @@ def test_trains_from_a_packed_file(tmp_path: Path):
     assert np.asarray(Image.open(out / "grid.png")).std() > 0
 
 
-def test_mistakes_are_told(tmp_path: Path):
+def test_mistakes_are_reported(tmp_path: Path):
     both = subprocess.run(command(f"--out={tmp_path}"), capture_output=True, text=True)
     assert both.returncode == 2 and "either --data_dir" in both.stderr
     save_packed(Packed(**{**vars(made_up()), "vae": "another"}), tmp_path / "packed.safetensors")

@@ -174,7 +174,7 @@ def test_names_at_full_size(architecture):
     assert len(shapes) == NUM_TENSORS[architecture]
 
 
-def test_a_told_student_has_no_original_name(sdxl_folder):
+def test_a_guidance_conditioned_student_has_no_original_name(sdxl_folder):
     names = [n for _, _, group in walk(read_architecture(sdxl_folder).unet.params) for n in group]
     with pytest.raises(UserError, match=r"cond_proj.weight has no name in a single file"):
         ldm.unet_places([*names, "time_embedding.cond_proj.weight"])

@@ -45,7 +45,7 @@ def test_each_program_ahead_is_compiled_once(capsys, first_step, num_steps, expe
     assert len(executables) == len(expected)
 
 
-def test_an_executable_computes_its_step_and_its_memory_is_told(capsys):
+def test_an_executable_computes_its_step_and_its_memory_is_reported(capsys):
     whole = program()
     executables = compile_steps(whole)
     state, frozen, batch = (np.full((256, 256), value, np.float32) for value in (1, 2, 3))

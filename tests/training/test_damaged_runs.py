@@ -188,7 +188,7 @@ def test_a_full_disk_is_said_by_the_metrics(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_prompts_that_have_changed_are_told(tmp_path):
+def test_prompts_that_have_changed_are_reported(tmp_path):
     workdir, before = epath.Path(tmp_path), TextLines(["a", "b", "c"])
     assert changed_prompts(before, workdir, 0) == changed_prompts(before, workdir, 5) == ""
     told = changed_prompts(TextLines(["a", "c", "b"]), workdir, 5)

@@ -68,7 +68,7 @@ def test_a_gradient_through_a_scan_costs_three_times_the_forward_pass():
     assert count_flops(jax.grad(scanned), W) == 3 * count_flops(scanned, W)
 
 
-def test_a_traced_loop_counts_the_trips_it_is_told():
+def test_a_traced_loop_counts_the_trips_it_is_given():
     def looped(x, w, n):
         return lax.fori_loop(0, n, lambda _, x: x @ w, x)
 

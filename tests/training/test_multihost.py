@@ -92,7 +92,7 @@ def test_a_run_that_is_killed_stopped_and_resumed_elsewhere_has_the_numbers_of_o
         np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5)
 
 
-def test_a_mistake_in_one_process_is_told_to_the_other(tmp_path):
+def test_a_mistake_in_one_process_is_reported_to_the_other(tmp_path):
     (status, _, err), (other_status, _, other_err) = ended(toys(tmp_path, FAILS, processes=2))
     assert (other_status, other_err.strip().splitlines()[-1]) == (2, "error: A file is missing here.")
     assert status == EXIT_STATUS

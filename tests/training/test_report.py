@@ -60,7 +60,7 @@ def test_a_rate_holds_the_steps_alone(monkeypatch):
     assert timer.rate() is None
 
 
-def test_a_step_of_ten_times_the_median_is_told(monkeypatch):
+def test_a_step_of_ten_times_the_median_is_reported(monkeypatch):
     fake = FakeTime(monkeypatch)
     device, timer = Slow(fake, monkeypatch), clock.StepClock()
     words = [timer.queued(device.queue(seconds), flops=1.0) for seconds in (99, 1, 1, 1, 1, 1, 9, 11, 1)]
