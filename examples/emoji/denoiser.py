@@ -11,7 +11,8 @@ from recipe import MODEL_INDEX, SCHEDULER_CONFIG, UNET_CONFIG
 
 from mlcm_jax.diffusion.parameterization import add_noise
 from mlcm_jax.diffusion.schedule import Schedule, alpha_sigma
-from mlcm_jax.hub.pipeline import Network, Pipeline, load_network, load_tokenizer, network_shapes
+from mlcm_jax.hub.pipeline import Network, Pipeline, load_network, network_shapes
+from mlcm_jax.hub.tokenizer import load_tokenizer
 from mlcm_jax.models.attention_backend import AUTO, AttentionBackend
 from mlcm_jax.models.unet import UNet2DConditionModel
 from mlcm_jax.sampling.decode import encode

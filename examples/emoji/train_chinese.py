@@ -24,8 +24,9 @@ from mlcm_jax import rng
 from mlcm_jax.cli import run_main
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.load import read_json
-from mlcm_jax.hub.pipeline import WEIGHT_FILES, Network, load_network, load_tokenizer
+from mlcm_jax.hub.pipeline import WEIGHT_FILES, Network, load_network
 from mlcm_jax.hub.save import save_params
+from mlcm_jax.hub.tokenizer import load_tokenizer
 from mlcm_jax.models.clip import CLIPTextModel
 from mlcm_jax.sampling.conditioning import CHUNK, tokenize
 

@@ -20,8 +20,9 @@ from training import run, start
 
 from mlcm_jax import rng
 from mlcm_jax.cli import run_main
-from mlcm_jax.hub.pipeline import WEIGHT_FILES, load_tokenizer
+from mlcm_jax.hub.pipeline import WEIGHT_FILES
 from mlcm_jax.hub.save import save_params, write_json
+from mlcm_jax.hub.tokenizer import load_tokenizer
 from mlcm_jax.models.clip import CLIPModel, CLIPTextModel
 
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder that build_data.py wrote.", required=True)

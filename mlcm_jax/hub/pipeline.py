@@ -9,11 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import transformers
 from etils import epath
 
 from mlcm_jax.diffusion.scheduler_config import as_pipelines_set
-from mlcm_jax.errors import UserError, shortened
+from mlcm_jax.errors import UserError
 from mlcm_jax.hub.fetch import SCHEDULER_NAME, Source, find_model
 from mlcm_jax.hub.fetch import resolve_folder as resolve_folder
 from mlcm_jax.hub.fit import check_fit
@@ -30,18 +29,13 @@ from mlcm_jax.hub.network import parameter_shapes as parameter_shapes
 from mlcm_jax.hub.save import copy_folder, save_params, write_json
 from mlcm_jax.hub.single_file import LAYOUTS, open_single_file
 from mlcm_jax.hub.tensor_reader import find_weights, has_variant
+from mlcm_jax.hub.tokenizer import load_tokenizer
 from mlcm_jax.image_size import ImageSize, named
 from mlcm_jax.models.attention_backend import AttentionBackend
 from mlcm_jax.outputs import is_remote
 from mlcm_jax.types import TextConditioning
 
 WEIGHT_FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
-# tokenizer class that is read as itself: the files one of which groups it needs; others are transformers' to find
-TOKENIZER_FILES = {
-    "CLIPTokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
-    "BertTokenizer": (("tokenizer.json",), ("vocab.txt",)),
-    "AutoTokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,20 +167,6 @@ def conditioning_shapes(pipeline: Pipeline, n: int) -> TextConditioning:
         return TextConditioning(states, jnp.zeros((n, pooled), dtype), jnp.zeros((n, 6), jnp.float32))
 
     return jax.eval_shape(zeros)
-
-
-def load_tokenizer(folder: Path, class_name: str) -> Any:
-    """Read a tokenizer with transformers; raises UserError when the folder holds none."""
-    loader = next((name for name in TOKENIZER_FILES if class_name.startswith(name)), "AutoTokenizer")
-    # transformers makes an empty vocabulary of a folder without these files
-    groups = TOKENIZER_FILES[loader]
-    if not any(all((folder / f).is_file() for f in group) for group in groups):
-        needed = " or ".join(" with ".join(group) for group in groups)
-        raise UserError(f"{folder} holds no tokenizer: it needs {needed}.")
-    try:
-        return getattr(transformers, loader).from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as e:
-        raise UserError(f"{folder} holds no readable {class_name} ({shortened(e)}).") from None
 
 
 def load_pipeline(

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.model_index import PIPELINES
-from mlcm_jax.hub.pipeline import Pipeline, conditioning_shapes, load_network, load_tokenizer
+from mlcm_jax.hub.pipeline import Pipeline, conditioning_shapes, load_network
+from mlcm_jax.hub.tokenizer import load_tokenizer
 
 
 def with_text(pipeline: Pipeline, folder: str | Path, *, dtype: Any = jnp.float32) -> Pipeline:

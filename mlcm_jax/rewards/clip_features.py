@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from mlcm_jax.errors import UserError
-from mlcm_jax.hub.pipeline import load_network, load_tokenizer
+from mlcm_jax.hub.pipeline import load_network
+from mlcm_jax.hub.tokenizer import load_tokenizer
 from mlcm_jax.models.clip import CLIPModel
 from mlcm_jax.models.clip_config import TextTowerConfig
 from mlcm_jax.rewards.preprocess import Preprocessor

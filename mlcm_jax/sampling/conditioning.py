@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Sharding
 from jaxtyping import Array, Float, Int
 
-from mlcm_jax.errors import UserError
+from mlcm_jax.errors import UserError, shortened
 from mlcm_jax.hub.pipeline import Network, Pipeline
 from mlcm_jax.image_size import ImageSize, both
 from mlcm_jax.types import Params, TextConditioning
@@ -73,8 +73,11 @@ def unconditional(
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Int[np.ndarray, "n tokens"]:
-    """Token ids, padded and cut to the tokenizer's ``model_max_length``."""
-    encoded = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="np")
+    """Token ids, padded and cut to the tokenizer's ``model_max_length``; raises UserError where it cannot make them."""
+    try:
+        encoded = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="np")
+    except Exception as e:  # what tokenizers raise depends on what is wrong with the vocabulary
+        raise UserError(f"The tokenizer cannot read the prompts ({shortened(e)}): use the model's own.") from None
     return encoded["input_ids"].astype(np.int32)
 
 

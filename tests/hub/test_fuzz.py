@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 from small_settings import NETWORK_TABLES, build_network, build_scheduler
+from tiny_models import tiny_tokenizer
 
 from mlcm_jax.diffusion.scheduler_config import SCHEDULERS
 from mlcm_jax.errors import UserError
@@ -24,7 +25,9 @@ from mlcm_jax.hub.lora import save_lora
 from mlcm_jax.hub.lora_reader import load_lora
 from mlcm_jax.hub.model_index import read_model_index
 from mlcm_jax.hub.tensor_reader import read_json
+from mlcm_jax.hub.tokenizer import load_tokenizer
 from mlcm_jax.models import lora
+from mlcm_jax.sampling.conditioning import tokenize
 
 
 def shape_of(*sizes):
@@ -283,6 +286,51 @@ def test_json_files(json_folder, case):
 @CAMPAIGN
 def test_json_files_campaign(json_folder, case):
     check_json(json_folder, *case)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny_tokenizer(folder / "vocabulary").save_pretrained(folder)
+    return folder, {
+        name: json.loads((folder / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json")
+    }
+
+
+def changed(draw, value, depth):
+    """The value with one of its parts, down to a depth, replaced."""
+    if not isinstance(value, dict | list) or not value or depth == 0:
+        return draw(VALUES)
+    key = draw(st.sampled_from(sorted(value)[:40] if isinstance(value, dict) else range(len(value))))
+    inner = changed(draw, value[key], depth - 1)
+    return value | {key: inner} if isinstance(value, dict) else [*value[:key], inner, *value[key + 1 :]]
+
+
+def check_tokenizer(files, draw):
+    folder, contents = files
+    name = draw(st.sampled_from(sorted(contents)))
+    (folder / name).write_text(json.dumps(changed(draw, contents[name], draw(st.integers(1, 3)))))
+    try:
+        tokenizer = load_tokenizer(folder, "CLIPTokenizer")
+        if tokenizer.model_max_length <= 77:  # others do not fit a text encoder, which is said where both are known
+            assert len({len(row) for row in tokenize(tokenizer, ["a cat", ""])}) == 1
+    except UserError as e:
+        one_sentence(e)
+    finally:
+        (folder / name).write_text(json.dumps(contents[name]))
+
+
+@given(data=st.data())
+@QUICK
+def test_tokenizers(tokenizer_files, data):
+    check_tokenizer(tokenizer_files, data.draw)
+
+
+@pytest.mark.slow
+@given(data=st.data())
+@CAMPAIGN
+def test_tokenizers_campaign(tokenizer_files, data):
+    check_tokenizer(tokenizer_files, data.draw)
 
 
 @given(data=safetensors_files())

@@ -9,7 +9,8 @@ import torch
 import transformers
 from torch_weights import assert_close, randomise, through_files
 
-from mlcm_jax.hub.pipeline import Pipeline, load_tokenizer
+from mlcm_jax.hub.pipeline import Pipeline
+from mlcm_jax.hub.tokenizer import load_tokenizer
 from mlcm_jax.sampling.conditioning import CHUNK, encode_prompts, unconditional
 
 TOKENIZER = Path(__file__).parents[2] / "examples" / "emoji" / "tokenizer"
