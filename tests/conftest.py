@@ -40,7 +40,8 @@ UNET = {
     "block_out_channels": [64],
     "layers_per_block": 1,
     "down_block_types": ["CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D"],
+    "mid_block_type": "UNetMidBlock2D",
+    "up_block_types": ["UpBlock2D"],
     "attention_head_dim": [4],
     "norm_num_groups": 8,
     "sample_size": 8,
@@ -125,7 +126,7 @@ def quick_compiles():
 
 @pytest.fixture(scope="module")
 def architecture(sdxl_folder):
-    """The tiny pipeline around a UNet of one level, in shapes only."""
+    """The tiny pipeline around a UNet of one level with attention on its way down, in shapes only."""
     from mlcm_jax.hub.pipeline import Network, network_shapes, read_architecture
     from mlcm_jax.models.unet import UNet2DConditionModel
 

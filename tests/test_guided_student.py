@@ -31,6 +31,11 @@ def folder(tmp_path_factory):
     return save_sdxl(tmp_path_factory.mktemp("conditioning"), ONE_LEVEL_XL | {"time_cond_proj_dim": 16})
 
 
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory):
+    return save_sdxl(tmp_path_factory.mktemp("teacher"), ONE_LEVEL_XL)
+
+
 def test_samples_are_diffusers(folder):
     reference = StableDiffusionXLPipeline.from_pretrained(folder)
     reference.set_progress_bar_config(disable=True)
@@ -72,14 +77,15 @@ def test_such_a_student_is_no_teacher(folder):
         build_program(settings(), read_architecture(folder), jax.devices()[:1])
 
 
-def test_it_starts_as_the_teacher_and_learns_what_it_is_conditioning(sdxl_folder):
+@pytest.mark.usefixtures("quick_compiles")
+def test_it_starts_as_the_teacher_and_learns_what_it_is_conditioning(teacher_folder):
     """Its state has the embedding's projection, at 0; the gradient of the first step reaches it."""
     config = settings(guidance_embedding_dim=16)
-    architecture = read_architecture(sdxl_folder)
+    architecture = read_architecture(teacher_folder)
     program = build_program(config, architecture, jax.devices()[:1])
     projection = program.state.params["time_embedding"]["cond_proj"]["kernel"]
-    assert projection.shape == (16, 32) and "cond_proj" not in program.frozen.teacher["time_embedding"]
-    teacher = load_pipeline(sdxl_folder).unet
+    assert projection.shape == (16, 64) and "cond_proj" not in program.frozen.teacher["time_embedding"]
+    teacher = load_pipeline(teacher_folder).unet
     params = with_guidance_embedding(teacher.params, 16)
     assert float(np.abs(params["time_embedding"]["cond_proj"]["kernel"]).max()) == 0
     student = student_unet(teacher, params, config)

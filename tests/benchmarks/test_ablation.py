@@ -54,7 +54,6 @@ def ablation(tmp_path_factory):
     defaults |= {"num_examples": 4, "batch_size": 2, "num_images": 8, "seeds": "0", "data": folder / "real.npy"}
     np.save(folder / "real.npy", np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3)).astype(np.uint8))
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    env |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
 
     def run(**flags):
         command = [sys.executable, "benchmarks/ablation.py", *(f"--{k}={v}" for k, v in (defaults | flags).items())]

@@ -61,7 +61,8 @@ def test_folder(folder):
     scores = model(images, ["red heart", "blue car"])
     assert scores.dtype == np.float32 and np.isfinite(scores).all()
     assert np.abs(scores - model(images, ["blue car", "red heart"])).min() > 1e-4
-    gradient = jax.grad(lambda x: model.reward(model.params, x, model.tokenize(["red heart", "blue car"])).sum())
+    tokens = model.tokenize(["red heart", "blue car"])
+    gradient = jax.jit(jax.grad(lambda x: model.reward(model.params, x, tokens).sum()))
     assert np.abs(gradient(images.astype(np.float32) / 127.5 - 1)).max() > 0
 
 
