@@ -7,7 +7,7 @@ PYTHON ?= python3
 WORKDIR ?= runs/emoji
 EXTRAS ?=
 PYTEST_FLAGS ?= -m 'not slow'
-# A file's tests stay in one process, as they share what it made; at most 8 processes, for memory.
+# A process that is done takes tests over from another; at most 8 processes, for memory.
 WORKERS ?= -n auto --maxprocesses=8 --dist worksteal
 
 BIN := .venv/bin
