@@ -62,6 +62,7 @@ def base() -> ConfigDict:
     config.image_size = 0  # height and width in pixels; 0: what the teacher's config.json says
     config.height = 0  # in pixels, with config.width, for images that are no squares; 0: image_size
     config.width = 0
+    config.buckets = ()  # sizes (height, width) that the steps take in turn, a program each; (): one size
 
     # Method
     config.num_segments = 8  # M: the student learns to go to the end of its segment in one step

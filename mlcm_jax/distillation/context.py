@@ -39,6 +39,8 @@ class DistillationContext:
         """The teacher's guided prediction of the clean latents, float32."""
         predict = partial(self.apply, {"params": frozen.teacher})
         unconditional = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(z), *a.shape[1:])), frozen.unconditional)
+        if self.config.buckets:  # both branches know the size of the image
+            unconditional = unconditional.replace(time_ids=condition.conditioning.time_ids)
         output = guided_predict(predict, z, t, condition.conditioning, unconditional, condition.guidance_scale)
         return predict_x0_eps(self.schedule, output, z, t).x0
 

@@ -54,15 +54,15 @@ class Critic:
 class TrainState:
     """step: number of finished updates. params: the trainable tree (all weights, or LoRA factors), float32.
 
-    ema: moving average of params, or None where the run keeps none. trajectory_buffer: live trajectories, or None
-    where states come from elsewhere. critics: by the name of their loss.
+    ema: moving average of params, or None where the run keeps none. trajectory_buffer: live trajectories, of each
+    size of images where there are several; None where states come from elsewhere. critics: by the name of their loss.
     """
 
     step: Int[Array, ""]
     params: Params
     opt_state: optax.OptState
     ema: Params | None = None
-    trajectory_buffer: TrajectoryBuffer | None = None
+    trajectory_buffer: TrajectoryBuffer | tuple[TrajectoryBuffer, ...] | None = None
     critics: dict[str, Critic] = flax.struct.field(default_factory=dict)
 
     @property
@@ -96,7 +96,7 @@ def create(
     optimizer: optax.GradientTransformation,
     *,
     with_ema: bool = False,
-    trajectory_buffer: TrajectoryBuffer | None = None,
+    trajectory_buffer: TrajectoryBuffer | tuple[TrajectoryBuffer, ...] | None = None,
     critics: dict[str, Critic] | None = None,
 ) -> TrainState:
     """A state at step 0; the moving average starts as a copy of the parameters."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import jax
 import optax
@@ -16,19 +16,25 @@ from mlcm_jax.distillation.state import Frozen, TrainState, update_ema
 from mlcm_jax.distillation.states import STATE_SOURCES, Draws, SourceContext, States
 from mlcm_jax.distillation.targets import TARGETS
 from mlcm_jax.parallel.sharding import split_batch
-from mlcm_jax.types import Batch, Latents, Params, TrajectoryBuffer
+from mlcm_jax.types import Batch, Latents, Params
 
 TrainStep = Callable[[TrainState, Frozen, Batch], tuple[TrainState, dict[str, Array]]]
 
 
 def make_train_step(
-    context: DistillationContext, optimizer: optax.GradientTransformation, latent_shape: tuple[int, int, int]
+    context: DistillationContext,
+    optimizer: optax.GradientTransformation,
+    latent_shape: tuple[int, int, int],
+    bucket: int | None = None,
 ) -> TrainStep:
-    """The update (state, frozen, batch) -> (state, metrics) of one stage. latent_shape: height, width and channels."""
+    """The update (state, frozen, batch) -> (state, metrics) of one stage. latent_shape: height, width and channels.
+
+    bucket: which of the state's trajectory buffers is used, where there is one for each size of images; None: the one.
+    """
     config, losses = context.config, active_losses(context)
 
     def train_step(state: TrainState, frozen: Frozen, batch: Batch):
-        states, trajectory_buffer = draw_states(context, state, frozen, batch, latent_shape)
+        states, trajectory_buffer = draw_states(context, state, frozen, batch, latent_shape, bucket)
         target = jax.lax.stop_gradient(target_answer(context, state, frozen, batch, states))
         examples = Examples(
             states.z_m, states.t_m, states.boundary, target, states.clean, batch.condition, batch.prompt_tokens
@@ -50,9 +56,14 @@ def make_train_step(
 
 
 def draw_states(
-    context: DistillationContext, state: TrainState, frozen: Frozen, batch: Batch, latent_shape: tuple[int, int, int]
-) -> tuple[States, TrajectoryBuffer | None]:
-    """A state of each example, the teacher's short step on from it, and the buffer of live trajectories."""
+    context: DistillationContext,
+    state: TrainState,
+    frozen: Frozen,
+    batch: Batch,
+    latent_shape: tuple[int, int, int],
+    bucket: int | None,
+) -> tuple[States, Any]:
+    """A state of each example, the teacher's short step on from it, and what the state keeps of live trajectories."""
     condition, streams = batch.condition, ("noise", "timesteps", "student_samples")
     noise_key, timestep_key, sample_key = (rng.stream(batch.seed, name, state.step) for name in streams)
     source = SourceContext(
@@ -65,7 +76,11 @@ def draw_states(
     )
     noise = jax.random.normal(noise_key, (*batch.trajectory_step.shape, *latent_shape))
     draws = Draws(batch.trajectory_step, batch.num_segments, split_batch(noise), batch.latents)
-    return STATE_SOURCES[context.config.states].states(source, draws, state.trajectory_buffer)
+    if bucket is None or state.trajectory_buffer is None:
+        return STATE_SOURCES[context.config.states].states(source, draws, cast(Any, state.trajectory_buffer))
+    kept: list[Any] = list(cast(Any, state.trajectory_buffer))
+    states, kept[bucket] = STATE_SOURCES[context.config.states].states(source, draws, kept[bucket])
+    return states, tuple(kept)
 
 
 def target_answer(

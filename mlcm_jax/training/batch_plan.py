@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
 
-from mlcm_jax.distillation.states import STATE_SOURCES, StateSource
-from mlcm_jax.training.stages import Stage, stage_at
+from mlcm_jax.distillation.states import STATE_SOURCES, Placement, StateSource
+from mlcm_jax.training.stages import Stage, num_buckets, stage_at
 
 _GUIDANCE = 1  # stream of numpy generators
 
@@ -28,8 +28,15 @@ def batch_plan(stages: tuple[Stage, ...], step: int) -> BatchPlan:
     """The examples of ``step`` (0 for the first)."""
     number = stage_at(stages, step)
     stage, before = stages[number], sum(_prompts_used(s) for s in stages[:number])
-    trajectory_step, prompts = source_of(stage).placement(stage.config, step - stage.start, stage.start)
+    trajectory_step, prompts = _placement(stage, step)
     return BatchPlan(trajectory_step, before + prompts, guidance_scales(stage.config, before + prompts))
+
+
+def _placement(stage: Stage, step: int) -> Placement:
+    """Of each size of images a sequence of steps by itself, and every so many-th position in the stream of prompts."""
+    sizes = num_buckets(stage.config)
+    placement = source_of(stage).placement(stage.config, (step - stage.start) // sizes, stage.start)
+    return placement._replace(prompts=placement.prompts * sizes + step % sizes)
 
 
 def source_of(stage: Stage) -> StateSource:
@@ -51,5 +58,5 @@ def guidance_scales(config: ConfigDict, prompts: Int[np.ndarray, " n"]) -> Float
 
 def _prompts_used(stage: Stage) -> int:
     """Positions in the stream that a whole stage takes, up to the last one that it touches."""
-    _, prompts = source_of(stage).placement(stage.config, stage.end - stage.start - 1, stage.start)
-    return int(prompts.max()) + 1
+    last = range(max(stage.start, stage.end - num_buckets(stage.config)), stage.end)
+    return max(int(_placement(stage, step).prompts.max()) for step in last) + 1

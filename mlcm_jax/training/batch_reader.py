@@ -15,7 +15,7 @@ from mlcm_jax.data.text_states import TextState, TextStates
 from mlcm_jax.parallel.sharding import batch_sharding, local_rows
 from mlcm_jax.training.batch_plan import batch_plan, source_of, takes_new_prompt
 from mlcm_jax.training.program import Program, StageProgram
-from mlcm_jax.training.stages import stage_at
+from mlcm_jax.training.stages import Stage, num_buckets, stage_at
 
 
 class NewPrompts(NamedTuple):
@@ -23,10 +23,12 @@ class NewPrompts(NamedTuple):
 
     example: place among the device's own examples; their number stands for padding. texts: "" for padding.
     tokens: as each text encoder reads them; states: instead of tokens, where they were encoded before the run.
+    bucket: the size of images, by its number in config.buckets.
     """
 
     example: Int[np.ndarray, " m"]
     texts: list[str]
+    bucket: int = 0
     tokens: list[Int[np.ndarray, "m t"]] | None = None
     states: TextState | None = None
 
@@ -54,32 +56,42 @@ class BatchReader:
         self, program: Program, prompts: TextSource, latents: LatentFile | None, states: TextStates | None = None
     ):
         self._program, self._prompts, self._latents, self._states = program, prompts, latents, states
-        self._stages = tuple(program.stage for program in program.stages)
+        self._sizes = num_buckets(program.config)
+        self._stages = tuple(program.stage for program in program.stages[:: self._sizes])
         self.sharding = batch_sharding(program.mesh)
         self.batch_size = program.config.batch_size
         self.examples = local_rows(self.sharding, self.batch_size)
         self.examples_each = self.sharding.shard_shape((self.batch_size,))[0]  # of a device
 
     def stage(self, step: int) -> StageProgram:
-        return self._program.stages[stage_at(self._stages, step)]
+        return self._program.stages[stage_at(self._stages, step) * self._sizes + step % self._sizes]
 
     def __call__(self, step: int, *, from_the_start: bool) -> HostBatch:
         """The examples of ``step``. from_the_start: with the prompts of all trajectories that are under way."""
         plan, stage = batch_plan(self._stages, step), self.stage(step)
         under_way = from_the_start and source_of(stage.stage).uses_buffer
-        first = step - int(plan.trajectory_step.max()) if under_way else step
+        first = self._first_under_way(step, stage.stage) if under_way else step
         reads_latents = stage.batch.latents is not None and self._latents is not None
         reads_prompts = bool(stage.batch.prompt_tokens)
         places = self._places(plan.prompts[self.examples]) if reads_latents or reads_prompts else []
         return HostBatch(
             step,
-            [new for earlier in range(first, step + 1) for new in self._new_prompts(earlier)],
+            [
+                new._replace(bucket=earlier % self._sizes)
+                for earlier in range(first, step + 1)
+                for new in self._new_prompts(earlier)
+            ],
             plan.trajectory_step[self.examples].astype(np.int32),
             plan.guidance_scale[self.examples],
             self._latents[[place.row for place in places]] if reads_latents and self._latents else None,
             {},
             self._texts(places) if reads_prompts else [],
         )
+
+    def _first_under_way(self, step: int, stage: Stage) -> int:
+        """The step at which the oldest of the trajectories began that go on at ``step`` or, of other sizes, next."""
+        coming = range(step, min(step + self._sizes, max(stage.end, step + 1)))
+        return min(s - self._sizes * int(batch_plan(self._stages, s).trajectory_step.max()) for s in coming)
 
     def tokenized(self, read: HostBatch, tokenize: Callable[[Sequence[str]], list[np.ndarray]]) -> HostBatch:
         new_prompts = [new if new.states else new._replace(tokens=tokenize(new.texts)) for new in read.new_prompts]

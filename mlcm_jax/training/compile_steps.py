@@ -50,7 +50,8 @@ def compile_steps(program: Program, first_step: int = 0) -> Executables:
     Prints a line for each: time and memory. Raises UserError when a step needs more memory than a device has.
     """
     ahead: dict[Any, list[tuple[int, StageProgram]]] = {}
-    for number, stage in enumerate(program.stages, 1):
+    for index, stage in enumerate(program.stages):
+        number = index // len(program.image_sizes) + 1
         if stage.stage.end > first_step and stage.stage.start < program.config.num_steps:
             ahead.setdefault(stage.step, []).append((number, stage))
     start, executables = time.perf_counter(), {}

@@ -25,12 +25,14 @@ from mlcm_jax.types import Batch, Params, TextConditioning
 
 @dataclasses.dataclass(frozen=True, eq=False)  # jax.jit hashes it: by identity, as a configuration has no hash
 class InitialState:
-    """Makes the state at step 0. shapes: of the teacher's weights and of a batch."""
+    """Makes the state at step 0. shapes: of the teacher's weights and of a batch. latent_shapes: height, width and
+    channels for each size of images."""
 
     stages: Sequence[Stage]
     apply: Apply
     schedule: Schedule
     shapes: CriticShapes
+    latent_shapes: Sequence[tuple[int, int, int]]
 
     def __call__(self, start: Params | None) -> TrainState:
         """start: what the trained weights start from, float32; None for a LoRA that changes nothing yet."""
@@ -41,8 +43,8 @@ class InitialState:
             params = as_teacher if start is None else start
         else:
             params = as_teacher = with_guidance_embedding(cast(Params, start), config.guidance_embedding_dim)
-        n, height, width, channels = shapes.latents.shape
         streams = any(source_of(stage).uses_buffer for stage in self.stages)
+        buffers = tuple(empty_buffer(config.batch_size, shape) for shape in self.latent_shapes) if streams else (None,)
         critics = {}
         for stage in self.stages:
             key = rng.stream(config.seed, "rivals", 0)
@@ -53,7 +55,7 @@ class InitialState:
             params,
             stage_optimizer(self.stages),
             with_ema=config.ema_decay > 0,
-            trajectory_buffer=empty_buffer(n, (height, width, channels)) if streams else None,
+            trajectory_buffer=buffers[0] if len(buffers) == 1 else buffers,
             critics=critics,
         )
 

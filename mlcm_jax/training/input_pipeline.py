@@ -1,7 +1,7 @@
 """The batches of a run, read and tokenized ahead in the background; and what of them is encoded on the devices."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import grain
 import jax
@@ -60,12 +60,14 @@ class InputPipeline:
         self._one = partial(from_equal_values, NamedSharding(program.mesh, PartitionSpec()))
         shapes, n = program.stages[0].batch.conditioning, program.config.batch_size
 
-        def nothing():
+        def nothing() -> tuple[Texts, tuple[Float[Array, "n 6"], ...]]:
             zeros = jnp.zeros_like(shapes.hidden_states), jnp.zeros_like(shapes.pooled)
-            return zeros, time_ids(n, program.image_size)
+            return zeros, tuple(time_ids(n, size) for size in program.image_sizes)
 
-        self._nothing, self._time_ids = jax.jit(nothing, out_shardings=self._sharding)()
-        self._held: Texts | None = None
+        made = cast(Any, jax.jit(nothing, out_shardings=self._sharding)())
+        self._nothing: Texts = made[0]
+        self._time_ids: tuple[Float[Array, "n 6"], ...] = made[1]
+        self._held: dict[int, Texts] = {}  # by the number of the size
         self._coming: Any = None
         self._expected = -1
 
@@ -76,12 +78,12 @@ class InputPipeline:
         read = next(self._coming)
         self._expected = step + 1
         stage = self._reader.stage(step)
-        return StageBatch(stage, self._placed(stage, read))
+        return StageBatch(stage, self._placed(stage, read, step % len(self._time_ids)))
 
     def close(self) -> None:
         if self._coming is not None:
             self._coming.close()
-        self._coming, self._held, self._expected = None, None, -1
+        self._coming, self._held, self._expected = None, {}, -1
 
     def _batches(self, start: int) -> grain.IterDataset:
         """Batches from ``start`` on: files in several threads, tokenizers, which are not made for it, in one."""
@@ -91,15 +93,15 @@ class InputPipeline:
         tokenized = read.map(lambda read: reader.tokenized(read, tokenize))
         return grain.experimental.ThreadPrefetchIterDataset(tokenized, prefetch_buffer_size=TOKENIZED_AHEAD)
 
-    def _placed(self, stage: StageProgram, read: HostBatch) -> Batch:
+    def _placed(self, stage: StageProgram, read: HostBatch, bucket: int) -> Batch:
         config = stage.stage.config
-        held = self._nothing if self._held is None else self._held
         for new in read.new_prompts:
-            held = _replace(held, self._put(new.example), self._encoded(new), self._sharding)
-        self._held = held
+            held = self._held.get(new.bucket, self._nothing)
+            self._held[new.bucket] = _replace(held, self._put(new.example), self._encoded(new), self._sharding)
         put, one = self._put, self._one
+        hidden_states, pooled = self._held.get(bucket, self._nothing)
         return Batch(
-            conditioning=TextConditioning(held[0], held[1], self._time_ids),
+            conditioning=TextConditioning(hidden_states, pooled, self._time_ids[bucket]),
             trajectory_step=put(read.trajectory_step),
             num_segments=one(np.int32(config.num_segments)),
             guidance_scale=put(read.guidance_scale),

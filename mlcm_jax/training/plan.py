@@ -9,7 +9,6 @@ from jax.sharding import Mesh
 
 from mlcm_jax.image_size import ImageSize
 from mlcm_jax.parallel.sharding import bytes_per_device, sharded_fraction
-from mlcm_jax.training.stages import Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Plan:
     mesh: dict[str, int]
     devices: str
     sharded_fraction: float
-    image_size: ImageSize
+    image_sizes: tuple[ImageSize, ...]
     batch_size: int
     num_steps: int
     stages: tuple["StagePlan", ...]
@@ -52,14 +51,14 @@ class Plan:
     frozen_bytes: int
 
     def __str__(self) -> str:
+        sizes = ", ".join(f"{height} x {width}" for height, width in self.image_sizes)
         mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items())
         rows = {
             "teacher": self.teacher,
             "training": f"{self.trainable}: {_count(self.trained_parameters)} parameters, "
             f"{_count(self.frozen_parameters)} frozen",
             "devices": f"{self.devices}, mesh {mesh}, {self.sharded_fraction:.1%} of the UNet sharded",
-            "images": f"{self.image_size[0]} x {self.image_size[1]} px, {self.batch_size} prompts a step, "
-            f"{self.num_steps} steps",
+            "images": f"{sizes} px, {self.batch_size} prompts a step, {self.num_steps} steps",
             **{f"stage {i}": str(stage) for i, stage in enumerate(self.stages, 1)},
             "memory": f"{format_bytes(self.state_bytes)} of trained weights and optimizer, "
             f"{format_bytes(self.frozen_bytes)} frozen, on each device, before activations",
@@ -67,9 +66,10 @@ class Plan:
         return "\n".join(f"{name:>10}  {text}" for name, text in rows.items())
 
 
-def make_plan(stages: Sequence[Any], mesh: Mesh, *, image_size: ImageSize, state, frozen) -> Plan:
+def make_plan(stages: Sequence[Any], mesh: Mesh, *, image_sizes: tuple[ImageSize, ...], state, frozen) -> Plan:
     """Put the numbers together. stages: program.StageProgram; state, frozen: ShapeDtypeStructs with shardings."""
-    config = stages[0].stage.config
+    config, each = stages[0].stage.config, len(image_sizes)
+    by_stage = [stages[i : i + each] for i in range(0, len(stages), each)]
     return Plan(
         teacher=str(config.teacher),
         trainable=config.trainable,
@@ -78,16 +78,18 @@ def make_plan(stages: Sequence[Any], mesh: Mesh, *, image_size: ImageSize, state
         mesh=dict(mesh.shape),
         devices=f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
         sharded_fraction=sharded_fraction(frozen.teacher),
-        image_size=image_size,
+        image_sizes=image_sizes,
         batch_size=config.batch_size,
         num_steps=config.num_steps,
-        stages=tuple(_stage_plan(p.stage, p.flops) for p in stages if p.stage.start < config.num_steps),
+        stages=tuple(_stage_plan(programs) for programs in by_stage if programs[0].stage.start < config.num_steps),
         state_bytes=bytes_per_device(state),
         frozen_bytes=bytes_per_device(frozen),
     )
 
 
-def _stage_plan(stage: Stage, flops: float) -> StagePlan:
+def _stage_plan(programs: Sequence[Any]) -> StagePlan:
+    """Of the programs of a stage, one for each size of images; FLOPs on average."""
+    stage, flops = programs[0].stage, sum(program.flops for program in programs) / len(programs)
     config = stage.config
     end = min(stage.end, config.num_steps)  # a run can be shorter than its stages
     return StagePlan(stage.start, end, config.states, config.num_segments, config.target, flops, config.batch_size)

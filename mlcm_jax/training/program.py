@@ -1,6 +1,7 @@
 """The step of a run and its abstract arguments, built from config.json files alone: what is planned, compiled, run."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -68,20 +69,25 @@ class StageProgram:
 class Program:
     """The steps of all stages; state, frozen: trees of ShapeDtypeStructs with shardings, as the steps take them.
 
-    latent_shape: height, width, channels. image_size: height and width in pixels.
+    latent_shape: height, width, channels. image_size: height and width in pixels; of the first of ``image_sizes``.
+    stages: where there are several sizes, those of a stage one after the other.
     """
 
     stages: tuple[StageProgram, ...]
     state: TrainState
     frozen: Frozen
     latent_shape: tuple[int, int, int]
-    image_size: ImageSize
+    image_sizes: tuple[ImageSize, ...]
     schedule: Schedule
     mesh: Mesh
     plan: Plan
     config: ConfigDict
     networks: FrozenNetworks
     create_state: Callable[[Params | None], TrainState]
+
+    @property
+    def image_size(self) -> ImageSize:
+        return self.image_sizes[0]
 
     def init_state(self, start: Params | None) -> TrainState:
         """The state at step 0. start: what the trained weights start from, float32: the teacher's UNet or a LoRA, whose
@@ -100,43 +106,46 @@ def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> P
     _check_teacher(architecture)
     _check_batch(config, mesh)
     schedule = Schedule.from_config(architecture.scheduler_config)
-    asked = asked_size(config.image_size, config.height, config.width)
-    image_size, latent_shape = asked or architecture.image_size, architecture.latent_shape(asked)
-    stages = read_stages(config)
+    sizes, stages = _image_sizes(config, architecture), read_stages(config)
+    latent_shapes = [architecture.latent_shape(size) for size in sizes]
     networks = read_frozen_networks([stage.config for stage in stages], architecture)
     split, replicated = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
 
     frozen = _frozen_shapes(config, architecture, networks, mesh)
     conditioning = _place_all(conditioning_shapes(architecture, config.batch_size), split)
-    latents = jax.ShapeDtypeStruct((config.batch_size, *latent_shape), jnp.float32, sharding=split)
-    shapes = CriticShapes(frozen.teacher, conditioning, latents)
-    create_state = InitialState(stages, _student(config, architecture, mesh).apply, schedule, shapes)
+    latents = [
+        jax.ShapeDtypeStruct((config.batch_size, *shape), jnp.float32, sharding=split) for shape in latent_shapes
+    ]
+    shapes = CriticShapes(frozen.teacher, conditioning, latents[0])
+    create_state = InitialState(stages, _student(config, architecture, mesh).apply, schedule, shapes, latent_shapes)
     state = _state_shapes(config, create_state, architecture, mesh)
     placed = (jax.tree.map(lambda a: a.sharding, state), replicated)
 
-    def make_step(stage: Stage, *, counted: bool = False) -> TrainStep:
+    def make_step(stage: Stage, bucket: int, *, counted: bool = False) -> TrainStep:
         module = _student(config, architecture, mesh, counted=counted)
         student_apply = module.with_guidance_embedding(config.guidance_embedding_dim).apply
         context = DistillationContext(module.apply, schedule, stage.config, networks, student_apply)
-        step = make_train_step(context, stage_optimizer(stages), latent_shape)
+        own = bucket if len(sizes) > 1 else None
+        step = make_train_step(context, stage_optimizer(stages), latent_shapes[bucket], own)
         return sharding.traced_on(mesh, step)
 
     compiled, programs = {}, []
-    for stage in stages:
-        batch = batch_shapes(stage, architecture, conditioning, latents, replicated, networks)
-        jitted = jax.jit(make_step(stage), donate_argnums=0, out_shardings=placed)
+    for stage, bucket in itertools.product(stages, range(len(sizes))):
+        batch = batch_shapes(stage, architecture, conditioning, latents[bucket], replicated, networks)
+        jitted = jax.jit(make_step(stage, bucket), donate_argnums=0, out_shardings=placed)
         trips = source_of(stage).average_loop_trips(stage.config)
-        flops = count_flops(make_step(stage, counted=True), state, frozen, batch, while_trips=trips)
-        programs.append(StageProgram(stage, compiled.setdefault(stage.program_key(), jitted), batch, flops))
+        flops = count_flops(make_step(stage, bucket, counted=True), state, frozen, batch, while_trips=trips)
+        step = compiled.setdefault((stage.program_key(), bucket), jitted)
+        programs.append(StageProgram(stage, step, batch, flops))
     return Program(
         stages=tuple(programs),
         state=state,
         frozen=frozen,
-        latent_shape=latent_shape,
-        image_size=image_size,
+        latent_shape=latent_shapes[0],
+        image_sizes=sizes,
         schedule=schedule,
         mesh=mesh,
-        plan=make_plan(programs, mesh, image_size=image_size, state=state, frozen=frozen),
+        plan=make_plan(programs, mesh, image_sizes=sizes, state=state, frozen=frozen),
         config=config,
         networks=networks,
         create_state=create_state,
@@ -174,6 +183,22 @@ def _state_shapes(config: ConfigDict, create_state: InitialState, architecture: 
     buffer = _place_all(state.trajectory_buffer, sharding.batch_sharding(mesh))
     state = _place(state, sharding.param_shardings(state, mesh, config.sharding_rules))
     return state.replace(trajectory_buffer=buffer)
+
+
+def _image_sizes(config: ConfigDict, architecture: Pipeline) -> tuple[ImageSize, ...]:
+    """The sizes of a run; raises UserError for sizes that contradict one another and for data of one size."""
+    asked = asked_size(config.image_size, config.height, config.width)
+    if not config.buckets:
+        return (asked or architecture.image_size,)
+    pairs = all(len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size) for size in config.buckets)
+    if asked or not pairs:
+        raise UserError(
+            f"config.buckets={tuple(config.buckets)!r} must be sizes (height, width) in pixels, and stands in the "
+            "place of image_size, height and width."
+        )
+    if any(source_of(stage).reads_latents for stage in read_stages(config)):
+        raise UserError("config.buckets needs states that are sampled: a file of latents holds one size.")
+    return tuple((height, width) for height, width in config.buckets)
 
 
 def _check_teacher(architecture: Pipeline) -> None:

@@ -186,11 +186,12 @@ def train(
 
 
 def _known(program: Program) -> Known:
-    stages = tuple(each.stage for each in program.stages)
+    sizes = len(program.image_sizes)
+    stages = tuple(each.stage for each in program.stages[::sizes])
     schedule, devices = jax.jit(stage_learning_rate(stages)), program.mesh.size
     return Known(
         learning_rate=lambda step: schedule(step - 1),
-        flops=lambda step: program.stages[stage_at(stages, step - 1)].flops / devices,
+        flops=lambda step: program.stages[stage_at(stages, step - 1) * sizes + (step - 1) % sizes].flops / devices,
     )
 
 

@@ -71,6 +71,11 @@ def read_stages(config: ConfigDict) -> tuple[Stage, ...]:
     return tuple(Stage(*fields) for fields in zip(starts, ends, configs, strict=True))
 
 
+def num_buckets(config: ConfigDict) -> int:
+    """Sizes of images that the steps of a run take in turn: step s takes the size s modulo their number."""
+    return max(len(config.buckets), 1)
+
+
 def stage_at(stages: tuple[Stage, ...], step: int) -> int:
     """The number, from 0, of the stage that ``step`` lies in; steps after the end count to the last one."""
     return max(i for i, stage in enumerate(stages) if stage.start <= step)

@@ -7,13 +7,18 @@ import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from PIL import Image
-from small_runs import settings
+from small_runs import SCHEDULE, settings
+from toy_denoiser import LATENT_SHAPE, toy_apply, toy_batch, toy_conditioning, toy_params, toy_state
 
 from mlcm_jax import load_pipeline
 from mlcm_jax.data.real_images import RealImages
+from mlcm_jax.distillation.context import DistillationContext
+from mlcm_jax.distillation.state import Frozen
+from mlcm_jax.distillation.step import make_train_step
 from mlcm_jax.errors import UserError
 from mlcm_jax.image_size import asked_size
 from mlcm_jax.sampling.conditioning import time_ids
@@ -93,3 +98,45 @@ def test_a_step_takes_latents_that_are_no_squares(architecture):
     assert program.state.trajectory_buffer.z.shape == (8, height, width, 4)
     assert "8 x 16 px" in str(program.plan)
     assert jnp.shape(program.stages[0].batch.conditioning.time_ids) == (8, 6)
+
+
+def test_a_run_of_several_sizes_has_a_step_and_trajectories_for_each(architecture):
+    sizes = ((8, 16), (16, 8), (8, 8))
+    config = settings(buckets=sizes, batch_size=4, stages=({"start": 5, "num_segments": 2},))
+    config.mesh.update({"data": 1, "fsdp": 1, "tensor": 1})
+    program = build_program(config, architecture, jax.devices()[:1])
+    assert program.image_sizes == sizes and len({stage.step for stage in program.stages}) == 3
+    assert (
+        len(program.stages) == 6 and len(program.plan.stages) == 2 and "8 x 16, 16 x 8, 8 x 8 px" in str(program.plan)
+    )
+    buffers = program.state.trajectory_buffer
+    assert isinstance(buffers, tuple)
+    scale = architecture.downscale
+    assert [buffer.z.shape for buffer in buffers] == [(4, h // scale, w // scale, 4) for h, w in sizes]
+
+
+def test_a_step_of_one_size_leaves_the_others_trajectories_alone():
+    optimizer, frozen = optax.sgd(0.1), Frozen(toy_params(2), toy_conditioning(1, 4))
+    single = toy_state(toy_params(1), optimizer, 4)
+    other = jax.tree.map(lambda a: a + 7, single.trajectory_buffer)
+    batch = toy_batch(4, 3, [0] * 4, 4)
+    context = DistillationContext(toy_apply, SCHEDULE, settings())
+    expected, _ = jax.jit(make_train_step(context, optimizer, LATENT_SHAPE))(single, frozen, batch)
+    both = single.replace(trajectory_buffer=(other, single.trajectory_buffer))
+    after, _ = jax.jit(make_train_step(context, optimizer, LATENT_SHAPE, 1))(both, frozen, batch)
+    jax.tree.map(np.testing.assert_array_equal, after.trajectory_buffer, (other, expected.trajectory_buffer))
+    jax.tree.map(np.testing.assert_array_equal, after.params, expected.params)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"buckets": ((8, 7),)}, "height=8, width=7 does not fit"),
+        ({"buckets": ((8,),)}, "must be sizes"),
+        ({"buckets": ((8, 8),), "image_size": 8}, "in the place of image_size"),
+        ({"buckets": ((8, 8),), "states": "data"}, "needs states that are sampled"),
+    ],
+)
+def test_sizes_that_cannot_work_are_refused(architecture, changes, message):
+    with pytest.raises(UserError, match=message):
+        build_program(settings(**changes), architecture, jax.devices()[:1])

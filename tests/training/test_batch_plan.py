@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mlcm_jax.config import base
 from mlcm_jax.data.prompts import shuffled
 from mlcm_jax.errors import UserError
-from mlcm_jax.training.batch_plan import batch_plan, guidance_scales
+from mlcm_jax.training.batch_plan import batch_plan, guidance_scales, takes_new_prompt
 from mlcm_jax.training.checks import validate
 from mlcm_jax.training.optimizer import stage_optimizer
 from mlcm_jax.training.stages import read_stages, stage_at
@@ -147,3 +147,20 @@ def test_every_walk_through_the_prompts_holds_each_once_in_another_order():
     assert all(sorted(w) == list(range(10)) for w in walks) and walks[0] != walks[1] != walks[2]
     assert shuffled([25, 3], 10, seed=4) == [(walks[2][5], 2), (walks[0][3], 0)]
     assert rows(range(10), seed=5) != walks[0]
+
+
+@pytest.mark.parametrize("states", ["streaming", "mds", "student"])
+def test_sizes_take_turns_and_share_the_prompts(states):
+    """Each size has the trajectories of a run of its own; all sizes together take each position of the prompts once."""
+    sizes, n = ((8, 8), (8, 16), (16, 8)), 6
+    config = run(states=states, num_steps=60, batch_size=n)
+    config.buckets = sizes
+    stages, (alone,) = read_stages(config), read_stages(run(states=states, num_steps=60, batch_size=n))
+    taken = []
+    for step in range(60):
+        plan, single = batch_plan(stages, step), batch_plan((alone,), step // len(sizes))
+        np.testing.assert_array_equal(plan.trajectory_step, single.trajectory_step)
+        np.testing.assert_array_equal(plan.prompts, single.prompts * len(sizes) + step % len(sizes))
+        taken += plan.prompts[takes_new_prompt(stages[0], plan)].tolist()
+    assert len(set(taken)) == len(taken)
+    assert {0, 1, 2, 3, 4, 5} <= set(taken)

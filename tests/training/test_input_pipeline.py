@@ -23,7 +23,7 @@ from mlcm_jax.training import input_pipeline
 from mlcm_jax.training.batch_plan import batch_plan
 from mlcm_jax.training.input_pipeline import InputPipeline
 from mlcm_jax.training.program import StageProgram
-from mlcm_jax.training.stages import read_stages
+from mlcm_jax.training.stages import num_buckets, read_stages
 from mlcm_jax.training.text_conditioning import open_states, read_texts
 from mlcm_jax.types import Batch
 
@@ -55,10 +55,13 @@ def make_program(pipeline, mesh, **values):
     return SimpleNamespace(
         config=config,
         mesh=devices,
-        stages=tuple(StageProgram(stage, None, batch, 0.0) for stage in read_stages(config)),
+        stages=tuple(
+            StageProgram(stage, None, batch, 0.0) for stage in read_stages(config) for _ in range(num_buckets(config))
+        ),
         frozen=Frozen({}, shapes(1, replicated)),
         networks=FrozenNetworks(),
         image_size=(32, 32),
+        image_sizes=config.buckets or ((32, 32),),
     )
 
 
@@ -97,6 +100,25 @@ def test_a_pipeline_that_begins_in_the_middle_gives_the_same_bits(program, pipel
     with closing(InputPipeline(program, pipeline, PROMPTS)) as batches_of:
         for step in (start, start + 1, 3)[: 3 if start < 13 else 1]:
             assert_equal(jax.device_get(batches_of(step).batch), batches[step])
+
+
+def test_sizes_in_turn_have_trajectories_of_their_own_and_resume_to_the_bit(pipeline):
+    sizes = ((32, 32), (16, 48), (48, 16))
+    program = make_program(pipeline, MESH, buckets=sizes)
+    with closing(InputPipeline(program, pipeline, PROMPTS)) as batches_of:
+        whole = [jax.device_get(batches_of(step).batch) for step in range(NUM_STEPS)]
+    for step, batch in enumerate(whole):
+        height, width = sizes[step % 3]
+        np.testing.assert_array_equal(batch.conditioning.time_ids[0], [height, width, 0, 0, height, width])
+    stages = tuple(read_stages(program.config))
+    encoded = jax.device_get(encode_prompts(pipeline, [texts[0] for texts in PROMPTS.__getitems__(range(5))], 32))
+    for step, batch in enumerate(whole):
+        rows = [p.row for p in shuffled(batch_plan(stages, step).prompts, len(PROMPTS), program.config.seed)]
+        np.testing.assert_allclose(batch.conditioning.pooled, np.asarray(encoded.pooled)[rows], atol=1e-5)
+    for start in (4, 6, 11):
+        with closing(InputPipeline(program, pipeline, PROMPTS)) as batches_of:
+            for step in range(start, NUM_STEPS):
+                assert_equal(jax.device_get(batches_of(step).batch), whole[step])
 
 
 def test_a_streamed_prompt_is_encoded_once(program, pipeline, monkeypatch):
