@@ -172,7 +172,7 @@ def test_update_ema():
 # --- the real network on one device and on meshes of them
 
 MESHES = {1: (1, 1, 1), 4: (2, 2, 1), 8: (2, 2, 2)}
-RUNS = [(1, 1), (8, 1), (4, 2)]  # devices, microbatches
+RUNS = [(1, 1), (8, 1), (4, 1), (4, 2)]  # devices, microbatches
 
 
 def run_steps(architecture, config, num_devices, num_steps):
