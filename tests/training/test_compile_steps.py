@@ -23,8 +23,9 @@ def program(bytes_limit=None, num_steps=30):
     ]
     device = SimpleNamespace(process_index=0, memory_stats=lambda: bytes_limit and {"bytes_limit": bytes_limit})
     mesh = SimpleNamespace(devices=np.array([device]))
+    config = SimpleNamespace(num_steps=num_steps)
     return SimpleNamespace(
-        stages=stages, mesh=mesh, state=MATRIX, frozen=MATRIX, config=SimpleNamespace(num_steps=num_steps)
+        stages=stages, mesh=mesh, state=MATRIX, frozen=MATRIX, config=config, image_sizes=((64, 64),)
     )
 
 
