@@ -4,6 +4,7 @@ A configuration is locked: a misspelt key is an error that names the nearest rea
 training/checks.py lists the owners.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from absl import logging
@@ -165,7 +166,9 @@ def current_name(key: str) -> str:
 
 
 def current_value(key: str, value: Any) -> Any:
-    """What a setting's value is called now."""
+    """A setting's value by the present names: of values, and of the settings that ``stages`` change."""
+    if key == "stages" and isinstance(value, tuple | list) and all(isinstance(change, Mapping) for change in value):
+        return tuple({(name := current_name(k)): current_value(name, v) for k, v in change.items()} for change in value)
     return RENAMED_VALUES.get(key, {}).get(value, value) if isinstance(value, str) else value
 
 

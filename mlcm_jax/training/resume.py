@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mlcm_jax.config import base, current_name, current_value
+from mlcm_jax.config import base
 from mlcm_jax.data.prompts import TextSource, fingerprint
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.save import write_json
@@ -44,10 +44,6 @@ def read_settings(workdir: epath.Path) -> ConfigDict | None:
     settings = base()
     with settings.unlocked(), settings.ignore_type():
         _update(settings, read_json(workdir / CONFIG_FILE))
-        settings.stages = tuple(
-            {current_name(key): current_value(key, value) for key, value in change.items()}
-            for change in settings.stages
-        )
     return settings
 
 

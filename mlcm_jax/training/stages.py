@@ -10,7 +10,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mlcm_jax.config import current_name, current_value
 from mlcm_jax.distillation.losses import LOSSES
 from mlcm_jax.distillation.states import STATE_SOURCES
 from mlcm_jax.errors import UserError
@@ -95,11 +94,10 @@ def _start(change: Mapping[str, Any], number: int, before: int) -> int:
 
 
 def _change(config: ConfigDict, key: str, value: Any, number: int) -> None:
-    key = current_name(key)
     if key not in CHANGEABLE:
         raise UserError(f"config.stages: stage {number} changes {key!r}; only these can: {', '.join(CHANGEABLE)}.")
     try:
-        _assign(config, key, current_value(key, value))
+        _assign(config, key, value)
     except TypeError:
         raise UserError(f"config.stages: stage {number} sets {key} to {value!r}, which is of another type.") from None
 
