@@ -34,7 +34,10 @@ def seed_key(seed: int | UInt32[Array, "2"]) -> Key[Array, ""]:
 
 
 def stream(seed: int | UInt32[Array, "2"], name: str, step: int | Int[Array, ""]) -> Key[Array, ""]:
-    """Key of the stream ``name`` ("timesteps", "noise", ...) at ``step``; usable inside jit with a traced step."""
+    """Key of the stream ``name`` ("timesteps", "noise", ...) at ``step``; usable inside jit with a traced step.
+
+    A run's numbers depend on the names: "terms" and "rivals" stay, whatever the code calls losses and critics.
+    """
     return jax.random.fold_in(named(seed_key(seed), name), step)
 
 
