@@ -14,8 +14,8 @@ from mlcm_jax.data.prompts import PromptIndex, TextSource, shuffled
 from mlcm_jax.data.text_states import TextState, TextStates
 from mlcm_jax.parallel.sharding import batch_sharding, local_rows
 from mlcm_jax.training.batch_plan import batch_plan, source_of, takes_new_prompt
-from mlcm_jax.training.program import Program, StageProgram
-from mlcm_jax.training.stages import Stage, num_buckets, stage_at
+from mlcm_jax.training.program import Program, StageProgram, program_at, stages_of
+from mlcm_jax.training.stages import Stage, num_buckets
 
 
 class NewPrompts(NamedTuple):
@@ -57,14 +57,14 @@ class BatchReader:
     ):
         self._program, self._prompts, self._latents, self._states = program, prompts, latents, states
         self._sizes = num_buckets(program.config)
-        self._stages = tuple(program.stage for program in program.stages[:: self._sizes])
+        self._stages = stages_of(program.stages)
         self.sharding = batch_sharding(program.mesh)
         self.batch_size = program.config.batch_size
         self.examples = local_rows(self.sharding, self.batch_size)
         self.examples_each = self.sharding.shard_shape((self.batch_size,))[0]  # of a device
 
     def stage(self, step: int) -> StageProgram:
-        return self._program.stages[stage_at(self._stages, step) * self._sizes + step % self._sizes]
+        return program_at(self._program.stages, step)
 
     def __call__(self, step: int, *, from_the_start: bool) -> HostBatch:
         """The examples of ``step``. from_the_start: with the prompts of all trajectories that are under way."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ from mlcm_jax.training.flops import count_flops
 from mlcm_jax.training.initial_state import InitialState, batch_shapes
 from mlcm_jax.training.optimizer import stage_optimizer
 from mlcm_jax.training.plan import Plan, make_plan
-from mlcm_jax.training.stages import Stage, read_stages
+from mlcm_jax.training.stages import Stage, num_buckets, read_stages, stage_at
 from mlcm_jax.types import Batch, Params
 
 
@@ -96,6 +96,17 @@ class Program:
         return jax.jit(self.create_state, out_shardings=shardings, donate_argnums=0)(start)
 
 
+def stages_of(programs: Sequence[StageProgram]) -> tuple[Stage, ...]:
+    """The stages of a run, of which each has a program for each size of images."""
+    return tuple(program.stage for program in programs[:: num_buckets(programs[0].stage.config)])
+
+
+def program_at(programs: Sequence[StageProgram], step: int) -> StageProgram:
+    """The program of a step (0 for the first)."""
+    sizes = num_buckets(programs[0].stage.config)
+    return programs[stage_at(stages_of(programs), step) * sizes + step % sizes]
+
+
 def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> Program:
     """Lay a run out on ``devices`` (all of them by default); nothing is allocated and nothing is compiled.
 
@@ -106,7 +117,8 @@ def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> P
     _check_teacher(architecture)
     _check_batch(config, mesh)
     schedule = Schedule.from_config(architecture.scheduler_config)
-    sizes, stages = _image_sizes(config, architecture), read_stages(config)
+    stages = read_stages(config)
+    sizes = _image_sizes(config, stages, architecture)
     latent_shapes = [architecture.latent_shape(size) for size in sizes]
     networks = read_frozen_networks([stage.config for stage in stages], architecture)
     split, replicated = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
@@ -185,7 +197,7 @@ def _state_shapes(config: ConfigDict, create_state: InitialState, architecture: 
     return state.replace(trajectory_buffer=buffer)
 
 
-def _image_sizes(config: ConfigDict, architecture: Pipeline) -> tuple[ImageSize, ...]:
+def _image_sizes(config: ConfigDict, stages: Sequence[Stage], architecture: Pipeline) -> tuple[ImageSize, ...]:
     """The sizes of a run; raises UserError for sizes that contradict one another and for data of one size."""
     asked = asked_size(config.image_size, config.height, config.width)
     if not config.buckets:
@@ -196,7 +208,7 @@ def _image_sizes(config: ConfigDict, architecture: Pipeline) -> tuple[ImageSize,
             f"config.buckets={tuple(config.buckets)!r} must be sizes (height, width) in pixels, and stands in the "
             "place of image_size, height and width."
         )
-    if any(source_of(stage).reads_latents for stage in read_stages(config)):
+    if any(source_of(stage).reads_latents for stage in stages):
         raise UserError("config.buckets needs states that are sampled: a file of latents holds one size.")
     return tuple((height, width) for height, width in config.buckets)
 

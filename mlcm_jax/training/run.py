@@ -33,12 +33,12 @@ from mlcm_jax.training.input_pipeline import InputPipeline
 from mlcm_jax.training.metrics import read_metrics
 from mlcm_jax.training.optimizer import stage_learning_rate
 from mlcm_jax.training.profiling import Profile, parse_steps
-from mlcm_jax.training.program import Program, attention_backend, build_program
+from mlcm_jax.training.program import Program, attention_backend, build_program, program_at, stages_of
 from mlcm_jax.training.report import Known
 from mlcm_jax.training.resume import CONFIG_FILE, changed_prompts, changed_schedule, check_resume, read_settings
 from mlcm_jax.training.reward_monitor import stop_rule
 from mlcm_jax.training.sample_grids import SampleGrids
-from mlcm_jax.training.stages import read_stages, stage_at
+from mlcm_jax.training.stages import read_stages
 from mlcm_jax.training.text_conditioning import Texts, open_states, read_texts
 from mlcm_jax.training.wandb_run import check_wandb
 from mlcm_jax.types import Params
@@ -186,12 +186,10 @@ def train(
 
 
 def _known(program: Program) -> Known:
-    sizes = len(program.image_sizes)
-    stages = tuple(each.stage for each in program.stages[::sizes])
-    schedule, devices = jax.jit(stage_learning_rate(stages)), program.mesh.size
+    schedule, devices = jax.jit(stage_learning_rate(stages_of(program.stages))), program.mesh.size
     return Known(
         learning_rate=lambda step: schedule(step - 1),
-        flops=lambda step: program.stages[stage_at(stages, step - 1) * sizes + (step - 1) % sizes].flops / devices,
+        flops=lambda step: program_at(program.stages, step - 1).flops / devices,
     )
 
 
