@@ -30,8 +30,6 @@ ROW = flags.DEFINE_string("row", None, "Kind and batch size, as benchmarks/gpu.p
 UNROLL = flags.DEFINE_integer("unroll", 1, "config.unroll of the step.")
 STARTED = flags.DEFINE_float("started", None, "time.monotonic() when this process was started.")
 
-PROFILED_STEPS = 4  # of sampling
-
 
 class TrainRow:
     """kind: "lora", or "full", which recomputes its activations."""

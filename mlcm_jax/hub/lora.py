@@ -29,8 +29,6 @@ from mlcm_jax.hub.save import FORMAT, Entry, host_array, write_safetensors
 from mlcm_jax.models import lora as low_rank
 from mlcm_jax.types import Params
 
-NAMINGS = ("peft", "kohya")  # that are written; those that are read: lora_names.py
-
 
 def _modules(path: names.Path, num_layers: int | None) -> list[str]:
     """Torch module names behind a Flax module path."""
