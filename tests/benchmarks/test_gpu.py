@@ -16,6 +16,8 @@ def say(**message): print(json.dumps(message), flush=True)
 print("not a message", flush=True)
 if row == "full:2":
     sys.exit("out of memory")
+if row == "full:8":
+    time.sleep(600)
 figures = {"trace_seconds": 1.0, "compile_seconds": 2.0, "ready_seconds": 3.0, "cache_misses": 0}
 say(program=figures | {"flags": os.environ["XLA_FLAGS"], "argv": sys.argv}, notes={"hardware": "a stand-in"})
 turn = json.loads(sys.stdin.readline())
@@ -74,6 +76,12 @@ def test_what_is_late_is_left_out_and_what_it_had_stays(run):
     _, found, turns = run("--rows=lora:4,lora:2", "--time_limit=20")
     assert list(found["rows"]) == ["lora:4"] and "out of time" in found["problems"]["lora:4"]
     assert turns[0] == "lora:4 ['torch']"
+
+
+def test_what_gets_ready_in_time_is_measured_all_the_same(run):
+    _, found, turns = run("--rows=full:8,lora:2", "--time_limit=15")
+    assert list(found["rows"]) == ["lora:2"] and turns == ["lora:2 ['torch']"]
+    assert found["problems"] == {"full:8": "full:8: out of time before it was ready"}
 
 
 def test_compile_only_measures_nothing(run):
