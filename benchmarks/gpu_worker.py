@@ -55,7 +55,7 @@ class TrainRow:
         chosen = {name: compiled for name, compiled in timing.torch_sides(True).items() if name in sides}
         rows = train_step.measure(self.program, self.figures["unet_evaluations"], ours, chosen, deadline)
         yield {"row": next(rows)}
-        if profile := profiling.kernel_times(ours.run):
+        if profile := profiling.kernel_times(ours.run, 1, count=ours.count):
             yield {"profile": profile}
         yield from ({"row": row} for row in rows)
 
@@ -119,7 +119,7 @@ def count_cache_misses() -> list[str]:
 
 def first_step(row: TrainRow) -> dict[str, Any]:
     """Seconds from the start of this process to the end of its first step."""
-    train_step.our_side(row.program, row.compiled).run()
+    train_step.our_side(row.program, row.compiled, steps=1).run()
     return {"start": {"seconds": time.monotonic() - STARTED.value}}
 
 

@@ -34,14 +34,15 @@ def class_of(name: str) -> str:
     return next((label for label, pattern in CLASSES if re.search(pattern, name.lower())), REST)
 
 
-def kernel_times(run: Callable[[], Any], repeats: int = 3) -> dict[str, Any] | None:
-    """Profile ``repeats`` runs: seconds a run of each class and of idling; None where the device tells no kernels."""
+def kernel_times(run: Callable[[], Any], repeats: int = 3, count: int = 1) -> dict[str, Any] | None:
+    """Profile ``repeats`` runs, each of which does the work ``count`` times: seconds of the work in each class and of
+    idling; None where the device tells no kernels."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(repeats):
                 run()
         kernels = [k for file in Path(folder).rglob("*.xplane.pb") for k in read_kernels(file)]
-    return summarise(kernels, repeats) if kernels else None
+    return summarise(kernels, repeats * count) if kernels else None
 
 
 def read_kernels(file: Path) -> Iterable[Kernel]:

@@ -27,10 +27,12 @@ PEAK_REPEATS = 20
 
 
 class Side(NamedTuple):
-    """run: does the work once, to the end. memory: bytes that it needs on the device at most, None if unknown."""
+    """run: does the work ``count`` times, to the end. memory: bytes that it needs on the device at most, None if
+    unknown."""
 
     run: Callable[[], Any]
     memory: Callable[[], int | None]
+    count: int = 1
 
 
 class Timing(NamedTuple):
@@ -63,7 +65,7 @@ def time_in_turns(sides: Mapping[str, Side], repeats: int) -> dict[str, Timing]:
             start = time.perf_counter()
             side.run()
             if turn >= WARM_UP:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append((time.perf_counter() - start) / side.count)
     return {name: Timing(values) for name, values in seconds.items()}
 
 
@@ -138,19 +140,20 @@ def torch_device() -> str:
     return "cpu"
 
 
-def torch_side(run: Callable[[], Any], device: str) -> Side:
-    """A side that waits for the device; its memory is torch's own peak."""
+def torch_side(run: Callable[[], Any], device: str, count: int = 1) -> Side:
+    """A side that waits for the device after ``count`` runs; its memory is torch's own peak."""
     import torch
 
-    if device == "cpu":
-        return Side(run, _unknown)
-    torch.cuda.reset_peak_memory_stats()
-
     def to_the_end():
-        run()
-        torch.cuda.synchronize()
+        *_, last = (run() for _ in range(count))
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return last
 
-    return Side(to_the_end, torch.cuda.max_memory_allocated)
+    if device == "cpu":
+        return Side(to_the_end, _unknown, count)
+    torch.cuda.reset_peak_memory_stats()
+    return Side(to_the_end, torch.cuda.max_memory_allocated, count)
 
 
 def _unknown() -> None:

@@ -26,6 +26,8 @@ TRAINABLE = flags.DEFINE_list("trainable", ["full", "lora"], "full, lora, or bot
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Prompts a step.")
 REMAT = flags.DEFINE_bool("remat", False, "Recompute activations in the backward pass, on both sides.")
 
+# Steps that are queued before their results are waited for: training, too, queues the next step while one runs.
+STEPS_IN_A_TURN = 3
 TOLERANCE = 1e-4
 CHECKED_STEPS = 3
 
@@ -94,17 +96,19 @@ def checked_program(program: Program, scratch: Path) -> Program:
     return workload.make_program(workload.step_settings(folder, trainable, 2, "float32", remat=REMAT.value, rank=8))
 
 
-def our_side(program: Program, compiled: Any) -> timing.Side:
-    """Our compiled step, going on from its own state."""
+def our_side(program: Program, compiled: Any, steps: int = STEPS_IN_A_TURN) -> timing.Side:
+    """Our compiled step, ``steps`` times a turn, going on from its own state."""
     state, frozen = start(program)
     batch = workload.batch_at(program, program.config.num_segments)
     carried = [state]
 
     def run():
-        state, metrics = compiled(carried.pop(), frozen, batch)
-        carried.append(jax.block_until_ready((state, metrics))[0])
+        for _ in range(steps):
+            state, _ = compiled(carried.pop(), frozen, batch)
+            carried.append(state)
+        jax.block_until_ready(carried)
 
-    return timing.Side(run, functools.partial(timing.compiled_memory, compiled))
+    return timing.Side(run, functools.partial(timing.compiled_memory, compiled), steps)
 
 
 def reference_side(program: Program, evaluations: int, *, compiled: bool) -> timing.Side:
@@ -121,7 +125,7 @@ def reference_side(program: Program, evaluations: int, *, compiled: bool) -> tim
     step(rows)
     if step.evaluations != evaluations:
         raise AssertionError(f"the UNets are called with {step.evaluations} rows, ours with {evaluations}")
-    return timing.torch_side(functools.partial(step.compiled() if compiled else step, rows), device)
+    return timing.torch_side(functools.partial(step.compiled() if compiled else step, rows), device, STEPS_IN_A_TURN)
 
 
 def our_evaluations(program: Program) -> int:

@@ -40,14 +40,15 @@ def decode(vae: Network, latents: Latents | HostLatents, tiling: str = "auto") -
     images of more than 1024 px. Raises UserError for "on" with an AutoencoderTiny, which needs no tiles, and for
     latents that are not finite.
     """
+    module: Any = vae.module
+    tile = module.config.sample_size if in_tiles(vae, latents, tiling) else None
+    images = decoding_program(module, vae.params, latents, tile)  # queued before the latents are waited for
     if not np.isfinite(host_array(latents)).all():
         raise UserError(
             "The samples are no finite numbers, so there are no images: lower the guidance scale or the LoRA's, or "
             "compute in float32."
         )
-    module: Any = vae.module
-    tile = module.config.sample_size if in_tiles(vae, latents, tiling) else None
-    return host_array(decoding_program(module, vae.params, latents, tile))
+    return host_array(images)
 
 
 def in_tiles(vae: Network, latents: Latents | HostLatents, tiling: str) -> bool:

@@ -1,6 +1,7 @@
 """The speed benchmarks' two sides do the same work: equal losses, equal images, equal numbers of UNet evaluations."""
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -30,12 +31,23 @@ def test_images_are_torchs(tmp_path):
     assert sample.check("small", "float32", tmp_path) <= 1
 
 
+def test_a_turn_of_several_steps_is_divided_by_their_number():
+    timings = [
+        timing.time_in_turns({"a": timing.Side(lambda: time.sleep(0.03), lambda: None, count)}, 3)["a"].median
+        for count in (1, 3)
+    ]
+    assert timings[0] >= 0.03 > 0.02 > timings[1] >= 0.01
+
+
 def test_turns_and_failures_are_reported():
     turns = []
     sides = {name: timing.Side(lambda name=name: turns.append(name), lambda: None) for name in ("a", "b")}
     timings = timing.time_in_turns(sides, 3)
     assert turns == ["a", "b"] * (3 + timing.WARM_UP)
     assert all(len(t.seconds) == 3 for t in timings.values())
+
+    assert timing.torch_side(lambda: turns.append("torch"), "cpu", count=3).run() is None
+    assert turns[-3:] == ["torch"] * 3
 
     def fails():
         raise RuntimeError("no compiler\nmore")
