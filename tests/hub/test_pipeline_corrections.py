@@ -192,7 +192,9 @@ PROGRAMS = {
     "encode": ["--prompts={prompts}", "--out={tmp}/latents.npy"],
     "evaluate": ["--prompts={prompts}", "--num_images=9", "--out={tmp}/out"],
     "train": ["--config.prompts={prompts}", "--config.sample.prompts={prompts}", "--workdir={tmp}/run", "--plan_only"],
+    "compile": ["--topology=v5e:2x2"],
 }
+CONFIGURED = ("train", "compile")
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -201,5 +203,5 @@ def test_every_program_says_what_the_model_is(launch, sdxl, tmp_path, program):
     (tmp_path / "prompts.txt").write_text("red heart\n" * 9)
     args = [arg.format(tmp=tmp_path, prompts=tmp_path / "prompts.txt") for arg in PROGRAMS[program]]
     configured = ["--config=configs/emoji.py", f"--config.teacher={sdxl}"]
-    result = launch(program, *(configured if program == "train" else [f"--model={sdxl}"]), *args)
+    result = launch(program, *(configured if program in CONFIGURED else [f"--model={sdxl}"]), *args)
     assert_one_sentence(result, "an inpainting UNet", "in_channels=9", "use a text-to-image model")
