@@ -7,8 +7,8 @@ consistency across segments on the student's own samples. Each stage has a learn
 that ends with a stage (--config.num_steps=200) is the first part of the whole run. Its LoRA is shipped:
 examples/emoji/student. It uses no reward model: an earlier student exploited one (docs/results.md, "Corrected claims").
 The variants "reward" and "matching" add a reward model or distribution matching to the last stage; they have not been
-measured with this teacher. "gpu" sees 50 times as many captions, for one GPU; it has not been run to its end. Hardware and
-time: one CPU core, about 25 minutes. Expected figures: docs/results.md.
+measured with this teacher. "gpu" sees 50 times as many captions, for one GPU; it has not been run to its end.
+Hardware and time: one CPU core, about 25 minutes. Expected figures: docs/results.md.
 """
 
 from ml_collections import ConfigDict

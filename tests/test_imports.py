@@ -1,6 +1,8 @@
 """Imports point one way: each package of mlcm_jax imports only what stands before it here."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,25 @@ def test_no_program_is_imported():
     for file in FILES:
         source = file.read_text()
         assert "import launch" not in source and "from launch" not in source, file
+
+
+def test_nothing_imports_another_framework():
+    # tensorboardX, of training, imports torch where that is installed
+    files = [file for file in FILES if owner(file) != "training"]
+    modules = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files]
+    modules = [name.removesuffix(".__init__") for name in modules]
+    code = f"import importlib, sys\nfor name in {modules}: importlib.import_module(name)\n"
+    code += "print([name for name in ('torch', 'tensorflow', 'diffusers') if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.stdout == "[]\n", result.stderr[-2000:]
+    for file in (*FILES, *(ROOT / "launch").glob("*.py")):
+        if file.name != "convert_efficientnet.py":  # reads a .pth file
+            assert not {"torch", "tensorflow", "diffusers"} & top_level(file), file
+
+
+def top_level(file: Path) -> set[str]:
+    """The packages that a file imports, also within functions."""
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    return {name.split(".")[0] for name in names}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -121,15 +122,21 @@ def with_loras(pipeline: Pipeline, loras: Sequence[str]) -> Pipeline:
 def _merged(network: Network, lora: Params, what: str) -> Network:
     """The network with a scaled LoRA folded in; raises UserError where a weight would not be finite."""
     params = low_rank.merge(network.params, lora)
-    changed: dict[names.Path, Any] = traverse_util.flatten_dict(params)
-    for *module, _ in traverse_util.flatten_dict(lora):
-        kernel = changed[*module, "kernel"]
-        if not jnp.isfinite(kernel).all():
+    kernels: dict[names.Path, Any] = traverse_util.flatten_dict(params)
+    modules = dict.fromkeys(tuple(module) for *module, _ in traverse_util.flatten_dict(lora))
+    for module, finite in zip(modules, _are_finite([kernels[*module, "kernel"] for module in modules]), strict=True):
+        if not finite:
+            kernel = kernels[*module, "kernel"]
             raise UserError(
                 f"{what} leaves {'.'.join(module)} with values that {kernel.dtype.name} does not hold: use a smaller "
                 "scale."
             )
     return dataclasses.replace(network, params=params)
+
+
+@jax.jit
+def _are_finite(arrays: list[Any]) -> list[Any]:
+    return [jnp.isfinite(array).all() for array in arrays]
 
 
 def parse_lora(entry: str) -> tuple[str, float]:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from jaxtyping import Array
 
 from mlcm_jax.config import LORA_TARGETS
 from mlcm_jax.errors import UserError, listed, shortened
@@ -77,9 +78,14 @@ def merge(params: Params, lora: Params) -> Params:
     factors: Flat = traverse_util.flatten_dict(lora)
     for *module, leaf in factors:
         if leaf == "down":
-            # Both kinds of kernel are one (batched) matrix product: a convolution's up factor is 1x1.
-            down, up = (factors[*module, name].astype(jnp.float32) for name in ("down", "up"))
-            kernel = flat[*module, "kernel"]
-            delta = jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)
-            flat[*module, "kernel"] = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+            down, up = (factors[*module, name] for name in ("down", "up"))
+            flat[*module, "kernel"] = _merged_kernel(flat[*module, "kernel"], down, up)
     return traverse_util.unflatten_dict(flat)
+
+
+@jax.jit  # one program for each shape: operation by operation, compiling takes most of the time of a small network
+def _merged_kernel(kernel: Array, down: Array, up: Array) -> Array:
+    # Both kinds of kernel are one (batched) matrix product: a convolution's up factor is 1x1.
+    down, up = down.astype(jnp.float32), up.astype(jnp.float32)
+    delta = jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)
+    return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
