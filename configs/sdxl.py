@@ -6,7 +6,9 @@
     python launch/compile.py --config=configs/sdxl.py --topology=v5e:4x4
 
 Variants: ":lora" (rank 64, as in the paper), ":full" (all 2.57 B weights, sharded over the fsdp axis; the default) or
-":all" (the LoRA through all of the paper's stages; docs/evaluate.md says what DIR has to hold).
+":all" (the LoRA through all of the paper's stages; docs/evaluate.md says what DIR has to hold). The other methods of
+configs/methods.py, such as ":lcm", train a LoRA with their papers' settings (docs/methods.md); states of "data" need
+--config.latents=FILE of launch/encode.py.
 Hardware: a TPU v5e 4x4 slice or larger; memory of a step: docs/scale.md. Not run at this size.
 Stages: 12,000 steps with 8, 4 and 2 segments, then 2,000 of consistency across segments on the student's samples.
 ":all" adds 500 steps with a reward model (MPS), as in the paper, then 1,000 with distribution matching and a
@@ -20,15 +22,21 @@ prompts: any text file, one prompt a line; the paper took LAION-Aesthetics 6+ ca
 
 from ml_collections import ConfigDict
 
+from configs.methods import METHODS, put, reads_latents
 from mlcm_jax.config import base
+from mlcm_jax.errors import UserError
+
+VARIANTS = ("full", "lora", "all", *METHODS)
 
 
 def get_config(variant: str = "full") -> ConfigDict:
+    if variant not in VARIANTS:
+        raise UserError(f"configs/sdxl.py has no variant {variant!r}: use one of {', '.join(VARIANTS)}.")
     config = base()
     config.teacher = "stabilityai/stable-diffusion-xl-base-1.0"
     config.architecture = "configs/architectures/sdxl"
     config.prompts = "examples/prompts.txt"
-    config.trainable = "lora" if variant == "all" else variant
+    config.trainable = "full" if variant == "full" else "lora"
     config.num_segments = 8
     config.guidance_scale = 8.0
     config.num_steps = 14_000
@@ -58,4 +66,8 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.optim.learning_rate = 1e-5 if variant == "full" else 1e-4
     config.mesh.data, config.mesh.fsdp = 1, -1
     config.sample.prompts = "examples/prompts.txt"
+    if variant in METHODS and variant != "mlcm":
+        put(config, METHODS[variant], METHODS[variant].sdxl_steps, METHODS[variant].sdxl)
+    if reads_latents(config):
+        config.latents = "latents.safetensors"
     return config

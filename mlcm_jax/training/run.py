@@ -74,7 +74,7 @@ def distill(
     prompts, sample_prompts = open_prompts(config.prompts, config.prompts_column), read_prompts(config.sample.prompts)
     program = build_program(config, describe_teacher(config, weights_needed=not (plan_only or compile_only)))
     latents = None
-    if config.latents:
+    if config.latents and not plan_only:  # a plan reads no data, and the file may not be made yet
         latents = LatentFile(config.latents, n=len(prompts), latent_shape=program.latent_shape)
     states = open_states(program, prompts, sample_prompts)
     say(program.plan)

@@ -1,0 +1,94 @@
+"""Few-step methods on the emoji teacher at equal work: one table, from which configs/sdxl.py has its variants, too.
+
+    python launch/train.py --config=configs/methods.py:lcm --workdir=runs/lcm --config.latents=FILE
+
+All train a LoRA of rank 32 at one guidance scale for 100 TFLOP, by the counter of --plan_only. docs/methods.md says
+what each method is and where it deviates from its paper. The states of "data" need a file of latents:
+
+    python launch/encode.py --model=examples/emoji/teacher --prompts=examples/emoji/prompts/train.txt \
+        --guidance_scale=1.5 --out=runs/emoji_latents.safetensors
+
+Hardware and time: CPU cores; about 40 minutes on one, of any method.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs.emoji_full import get_config as emoji_full_config
+from mlcm_jax.config import base
+from mlcm_jax.errors import UserError
+
+# What a method sets, or has as in base(): nothing of MLCM's settings for a teacher is left.
+OF_METHODS = (
+    "num_segments",
+    "states",
+    "trajectory_solver",
+    "timesteps",
+    "skip",
+    "solver_steps",
+    "target",
+    "target_network",
+    "distance",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """emoji_steps: of 100 TFLOP on the emoji teacher. sdxl_steps: the paper's, or as for MLCM. first: what it sets
+    from the first step on. later: from which share of the run on what else. emoji, sdxl: for one of the teachers."""
+
+    emoji_steps: int
+    sdxl_steps: int
+    first: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    later: tuple[tuple[float, Mapping[str, Any]], ...] = ()
+    emoji: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sdxl: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+METHODS = {
+    "mlcm": Method(962, 14_000),  # as in configs/emoji_full.py and configs/sdxl.py:lora
+    "lcm": Method(
+        1627,
+        12_000,
+        {
+            "states": "data",
+            "num_segments": 1,
+            "target": "x0",
+            "target_network": "ema",
+            "ema_decay": 0.95,
+            "distance": "pseudo_huber",
+        },
+    ),
+}
+
+
+def put(config: ConfigDict, method: Method, num_steps: int, of_teacher: Mapping[str, Any]) -> None:
+    """Make ``config``, MLCM's for a teacher, that of another method. of_teacher: its settings for this teacher."""
+    plain = base()
+    config.update_from_flattened_dict({key: plain[key] for key in OF_METHODS} | dict(method.first))
+    config.num_steps = num_steps
+    config.stages = tuple({"start": round(share * num_steps), **changes} for share, changes in method.later)
+    config.update_from_flattened_dict(dict(of_teacher))
+
+
+def reads_latents(config: ConfigDict) -> bool:
+    """Whether a stage has the states of "data"."""
+    return "data" in (config.states, *(stage.get("states") for stage in config.stages))
+
+
+def get_config(name: str = "mlcm") -> ConfigDict:
+    if name not in METHODS:
+        raise UserError(f"{name!r} is no method of configs/methods.py: use one of {', '.join(METHODS)}.")
+    method, config = METHODS[name], emoji_full_config()
+    if name == "mlcm":
+        scale = method.emoji_steps / config.num_steps
+        config.stages = tuple({**change, "start": round(scale * change["start"])} for change in config.stages)
+        config.num_steps = method.emoji_steps
+    else:
+        put(config, method, method.emoji_steps, method.emoji)
+    if reads_latents(config):
+        config.latents = "runs/emoji_latents.safetensors"
+    return config
