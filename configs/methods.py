@@ -28,7 +28,9 @@ OF_METHODS = (
     "trajectory_solver",
     "timesteps",
     "skip",
+    "skip_end",
     "solver_steps",
+    "target_solver",
     "target",
     "target_network",
     "distance",
@@ -48,6 +50,11 @@ class Method:
     sdxl: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+# Segments end where the student is taken, and the distance is that of clean latents.
+TO_BOUNDARY = {"num_segments": 8, "target": "boundary", "distance": "x0_norm"}
+FEWER_SEGMENTS = ((0.25, {"num_segments": 4}), (0.5, {"num_segments": 2}))
+ANNEALED = {"skip": 16, "skip_end": 1}  # a teacher of 64 steps at first, and of a step each timestep in the end
+
 METHODS = {
     "mlcm": Method(962, 14_000),  # as in configs/emoji_full.py and configs/sdxl.py:lora
     "lcm": Method(
@@ -61,6 +68,12 @@ METHODS = {
             "ema_decay": 0.95,
             "distance": "pseudo_huber",
         },
+    ),
+    "mcm": Method(
+        1627, 12_000, TO_BOUNDARY | ANNEALED | {"states": "data", "target_solver": "addim_data"}, FEWER_SEGMENTS
+    ),
+    "mcm_data_free": Method(
+        1627, 12_000, TO_BOUNDARY | ANNEALED | {"states": "streaming", "target_solver": "addim"}, FEWER_SEGMENTS
     ),
 }
 

@@ -68,11 +68,13 @@ def base() -> ConfigDict:
     # Method
     config.num_segments = 8  # M: the student learns to go to the end of its segment in one step
     config.states = "streaming"  # where training states come from: streaming, mds, data or student
-    config.trajectory_solver = "ddim"  # of the teacher's steps from state to state: ddim or dpmpp_2m
+    config.trajectory_solver = "ddim"  # of the teacher's steps from state to state: ddim, dpmpp_2m or addim
     config.timesteps = "uniform"  # of states: uniform in their segment, or milestones (its upper boundary)
     config.student_steps = 4  # steps that the student samples in for the states of "student"
     config.skip = 20  # timesteps that the teacher moves a state by, to make the target; at most to the segment's end
-    config.solver_steps = 1  # guided DDIM steps that the teacher moves it in
+    config.skip_end = 0  # what skip falls to, exponentially over the first half of the run; 0: it stays
+    config.solver_steps = 1  # guided steps that the teacher moves it in
+    config.target_solver = "ddim"  # of these: ddim, addim or, where states are noised latents, addim_data (MCM's)
     config.guidance_scale = 8.0  # w of the teacher that is distilled into the student
     config.guidance_scale_max = 0.0  # w is drawn between guidance_scale and this for each trajectory; 0: fixed
     config.guidance_embedding_dim = 0  # width of the student's embedding of w (LCM: 256); 0: it has one w within

@@ -73,6 +73,7 @@ def draw_states(
         partial(context.student_x0, state.params, frozen, condition),
         timestep_key,
         sample_key,
+        state.step,
     )
     noise = jax.random.normal(noise_key, (*batch.trajectory_step.shape, *latent_shape))
     draws = Draws(batch.trajectory_step, batch.num_segments, split_batch(noise), batch.latents)

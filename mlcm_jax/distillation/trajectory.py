@@ -19,8 +19,13 @@ PredictX0 = Callable[[Latents, Timesteps], Latents]
 
 def check(config: ConfigDict) -> None:
     """Raise UserError for settings of the teacher's solver that cannot work."""
-    rules = {"trajectory_solver": one_of(*SOLVERS), "solver_steps": POSITIVE}
-    check_rules(config, rules | {"guidance_scale": POSITIVE})
+    rules = {
+        "trajectory_solver": one_of(*(name for name, solver in SOLVERS.items() if not solver.needs_clean)),
+        "target_solver": one_of(*(name for name, solver in SOLVERS.items() if not solver.uses_previous)),
+        "solver_steps": POSITIVE,
+        "guidance_scale": POSITIVE,
+    }
+    check_rules(config, rules)
 
 
 def equal_steps(t: Timesteps, s: Timesteps, num_steps: int | Int[Array, ""], length: int) -> Int[Array, "length n"]:
@@ -53,12 +58,13 @@ def integrate(
     num_substeps: int = 1,
     *,
     solver: Solver = DDIM,
+    target_solver: Solver = DDIM,
 ) -> tuple[Latents, Latents]:
     """Solver steps from time to time of ``timesteps``: the states after ``num_steps`` of them and after all.
 
     The steps lead to the training state z_m, the substeps from there to z_n: one loop serves both, so that a compiled
     program holds the network once. num_steps may be traced: only the steps that are needed run.
-    solver: of the steps; in the substeps it knows no earlier prediction, which makes a multistep solver DDIM.
+    solver: of the steps. target_solver: of the substeps; it reads no earlier prediction.
     """
 
     def step(j, states):
@@ -67,7 +73,11 @@ def integrate(
         x0 = predict_x0(z, t)
         z_m = jnp.where(j == num_steps, z, z_m)
         known = (j > 0) & (j < num_steps)
-        z = solver.step(schedule, z, x0, x0_prev, jnp.where(known, t_prev, t), t, s)
+        following = solver.step(schedule, z, x0, x0_prev, jnp.where(known, t_prev, t), t, s)
+        if target_solver != solver:
+            short = target_solver.step(schedule, z, x0, x0, t, t, s)
+            following = jnp.where(j < num_steps, following, short)
+        z = following
         # A solver without memory never touches the last two of the loop's values.
         return (z_m, z, x0, t) if solver.uses_previous else (z_m, z, x0_prev, t_prev)
 

@@ -1,9 +1,10 @@
-"""Single steps of the probability flow ODE, by the names that ``config.trajectory_solver`` takes."""
+"""Single steps of the probability flow ODE, by the names that ``trajectory_solver`` and ``target_solver`` take."""
 
+from mlcm_jax.diffusion.solvers.addim import ADDIM, ADDIM_DATA, addim_step
 from mlcm_jax.diffusion.solvers.base import Solver
 from mlcm_jax.diffusion.solvers.ddim import DDIM, ddim_step, ddim_weights
 from mlcm_jax.diffusion.solvers.dpmpp_2m import DPMPP_2M, dpmpp_2m_step
 
-SOLVERS: dict[str, Solver] = {"ddim": DDIM, "dpmpp_2m": DPMPP_2M}
+SOLVERS: dict[str, Solver] = {"ddim": DDIM, "dpmpp_2m": DPMPP_2M, "addim": ADDIM, "addim_data": ADDIM_DATA}
 
-__all__ = ["DDIM", "SOLVERS", "Solver", "ddim_step", "ddim_weights", "dpmpp_2m_step"]
+__all__ = ["DDIM", "SOLVERS", "Solver", "addim_step", "ddim_step", "ddim_weights", "dpmpp_2m_step"]

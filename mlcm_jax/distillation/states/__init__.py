@@ -2,11 +2,13 @@
 
 from ml_collections import ConfigDict
 
+from mlcm_jax.diffusion.solvers import SOLVERS
 from mlcm_jax.distillation.states.base import Draws, Placement, SourceContext, States, StateSource
 from mlcm_jax.distillation.states.data import Data
 from mlcm_jax.distillation.states.mds import MultistepDenoising
 from mlcm_jax.distillation.states.streaming import Streaming, empty_buffer
 from mlcm_jax.distillation.states.student import Student
+from mlcm_jax.errors import UserError
 from mlcm_jax.rules import check_rules, one_of
 
 STATE_SOURCES: dict[str, StateSource] = {
@@ -24,4 +26,10 @@ __all__ = [
 def check(config: ConfigDict) -> None:
     """Raise UserError for settings of the source that cannot work."""
     check_rules(config, {"states": one_of(*STATE_SOURCES)})
-    STATE_SOURCES[config.states].check(config)
+    source = STATE_SOURCES[config.states]
+    source.check(config)
+    if SOLVERS[config.target_solver].needs_clean and not source.gives_clean:
+        raise UserError(
+            f"config.target_solver={config.target_solver!r} needs clean latents, and states={config.states!r} has "
+            "none: use addim, which needs none."
+        )

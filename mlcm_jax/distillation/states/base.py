@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from mlcm_jax.diffusion.parameterization import add_noise
 from mlcm_jax.diffusion.schedule import Schedule
+from mlcm_jax.diffusion.solvers import SOLVERS, Solver
 from mlcm_jax.distillation import segments
 from mlcm_jax.distillation.trajectory import PredictX0, equal_steps, integrate
 from mlcm_jax.types import Latents, Timesteps, TrajectoryBuffer
@@ -51,7 +52,7 @@ class Placement(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class SourceContext:
     """What a source may call. teacher_x0: guided. student_x0: without gradient. timestep_key: of this step's timesteps.
-    sample_key: of the noise that the student's own samples start from."""
+    sample_key: of the noise that the student's own samples start from. step: finished updates."""
 
     schedule: Schedule
     config: ConfigDict
@@ -59,6 +60,7 @@ class SourceContext:
     student_x0: PredictX0
     timestep_key: Key[Array, ""]
     sample_key: Key[Array, ""]
+    step: segments.IntLike = 0
 
     def segment(self, trajectory_step: Int[Array, " n"]) -> Int[Array, " n"]:
         """Where a state lies after that many steps."""
@@ -73,20 +75,24 @@ class SourceContext:
     def short_step(self, draws: Draws, t_m: Timesteps) -> tuple[Timesteps, Timesteps]:
         """t_n and the boundary for states in the examples' segments."""
         _, boundary = segments.segment_boundaries(self.segment(draws.trajectory_step), draws.num_segments)
-        return segments.short_step(t_m, self.config.skip, boundary), boundary
+        return segments.short_step(t_m, segments.annealed_skip(self.config, self.step), boundary), boundary
 
-    def teacher_step(self, z: Latents, t_m: Timesteps, t_n: Timesteps) -> Latents:
-        """Psi: from t_m to t_n in ``solver_steps`` guided DDIM steps."""
-        num_steps = self.config.solver_steps
+    def target_solver(self, clean: Latents | None = None) -> Solver:
+        """Of the teacher's short step. clean: the clean latents of the states, where there are any."""
+        return SOLVERS[self.config.target_solver].knowing(clean)
+
+    def teacher_step(self, z: Latents, t_m: Timesteps, t_n: Timesteps, clean: Latents) -> Latents:
+        """Psi: from t_m to t_n in ``solver_steps`` guided steps of the target's solver."""
+        num_steps, solver = self.config.solver_steps, self.target_solver(clean)
         times = equal_steps(t_m, t_n, num_steps, num_steps + 1)
-        return integrate(self.teacher_x0, self.schedule, z, times, 0, num_steps)[1]
+        return integrate(self.teacher_x0, self.schedule, z, times, 0, num_steps, target_solver=solver)[1]
 
     def noised(self, draws: Draws, latents: Latents) -> States:
         """States of clean latents that are noised to the drawn timesteps."""
         t_m = self.draw_timesteps(self.segment(draws.trajectory_step), draws.num_segments)
         t_n, boundary = self.short_step(draws, t_m)
         z_m = add_noise(self.schedule, latents, draws.noise, t_m)
-        return States(z_m, t_m, self.teacher_step(z_m, t_m, t_n), t_n, boundary, latents)
+        return States(z_m, t_m, self.teacher_step(z_m, t_m, t_n, latents), t_n, boundary, latents)
 
 
 class StateSource:

@@ -24,7 +24,14 @@ class MultistepDenoising(StateSource):
         times = trajectory_timesteps(t_m, t_n, num_steps, segments.MAX_SEGMENTS, substeps)
         solver = SOLVERS[context.config.trajectory_solver]
         z_m, z_n = integrate(
-            context.teacher_x0, context.schedule, draws.noise, times, num_steps, substeps, solver=solver
+            context.teacher_x0,
+            context.schedule,
+            draws.noise,
+            times,
+            num_steps,
+            substeps,
+            solver=solver,
+            target_solver=context.target_solver(),
         )
         return States(z_m, t_m, z_n, t_n, boundary), buffer
 

@@ -5,7 +5,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mlcm_jax.diffusion.scheduler_config import LAST_TIMESTEP
-from mlcm_jax.diffusion.solvers import SOLVERS, ddim_step
+from mlcm_jax.diffusion.solvers import SOLVERS
 from mlcm_jax.distillation import segments
 from mlcm_jax.distillation.states.base import Draws, Placement, SourceContext, States, StateSource
 from mlcm_jax.distillation.trajectory import equal_steps, integrate
@@ -32,9 +32,10 @@ class Streaming(StateSource):
 
         num_steps = config.solver_steps
         times = equal_steps(t_m, t_n, num_steps, num_steps + 1)
-        z_n = ddim_step(schedule, z_m, x0, t_m, times[1])
+        short = context.target_solver()
+        z_n = short.step(schedule, z_m, x0, x0, t_m, t_m, times[1])
         if num_steps > 1:
-            z_n = integrate(context.teacher_x0, schedule, z_n, times[1:], 0, num_steps - 1)[1]
+            z_n = integrate(context.teacher_x0, schedule, z_n, times[1:], 0, num_steps - 1, target_solver=short)[1]
 
         # A trajectory that ends here has a last, unused step: the next training step starts it afresh.
         following = jnp.minimum(context.segment(draws.trajectory_step + 1), draws.num_segments - 1)
