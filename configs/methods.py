@@ -27,10 +27,12 @@ OF_METHODS = (
     "states",
     "trajectory_solver",
     "timesteps",
+    "grid",
     "skip",
     "skip_end",
     "solver_steps",
     "target_solver",
+    "teacher_network",
     "target",
     "target_network",
     "distance",
@@ -74,6 +76,23 @@ METHODS = {
     ),
     "mcm_data_free": Method(
         1627, 12_000, TO_BOUNDARY | ANNEALED | {"states": "streaming", "target_solver": "addim"}, FEWER_SEGMENTS
+    ),
+    "tract": Method(
+        1719,
+        12_000,
+        {
+            "states": "data",
+            "timesteps": "grid",
+            "grid": 64,
+            "num_segments": 8,
+            "target_network": "ema",
+            "ema_decay": 0.95,
+            "distance": "x0_snr",
+        },
+        (
+            (0.4, {"num_segments": 2, "grid": 8, "teacher_network": "previous"}),
+            (0.7, {"num_segments": 1, "grid": 2}),
+        ),
     ),
 }
 

@@ -69,19 +69,23 @@ def base() -> ConfigDict:
     config.num_segments = 8  # M: the student learns to go to the end of its segment in one step
     config.states = "streaming"  # where training states come from: streaming, mds, data or student
     config.trajectory_solver = "ddim"  # of the teacher's steps from state to state: ddim, dpmpp_2m or addim
-    config.timesteps = "uniform"  # of states: uniform in their segment, or milestones (its upper boundary)
+    config.timesteps = "uniform"  # of states: uniform in their segment, milestones (its upper boundary), or grid
+    config.grid = 0  # segments whose boundaries are the timesteps of "grid", and that the teacher goes through one of
     config.student_steps = 4  # steps that the student samples in for the states of "student"
     config.skip = 20  # timesteps that the teacher moves a state by, to make the target; at most to the segment's end
     config.skip_end = 0  # what skip falls to, exponentially over the first half of the run; 0: it stays
     config.solver_steps = 1  # guided steps that the teacher moves it in
     config.target_solver = "ddim"  # of these: ddim, addim or, where states are noised latents, addim_data (MCM's)
+    config.teacher_network = (
+        "teacher"  # that makes it: teacher, or previous, the student of the last M, without guidance
+    )
     config.guidance_scale = 8.0  # w of the teacher that is distilled into the student
     config.guidance_scale_max = 0.0  # w is drawn between guidance_scale and this for each trajectory; 0: fixed
     config.guidance_embedding_dim = 0  # width of the student's embedding of w (LCM: 256); 0: it has one w within
     config.negative_prompt = ""  # for the teacher's unconditional branch; "": what its pipeline does without one
     config.target = "boundary"  # where answers are compared: at the segment's lower boundary, or x0
     config.target_network = "student"  # whose answer is the target: student, or ema (needs ema_decay)
-    config.distance = "l2"  # between the two: l2, pseudo_huber, latent_lpips or x0_norm (MCM's)
+    config.distance = "l2"  # between the two: l2, pseudo_huber, latent_lpips, x0_norm (MCM's) or x0_snr (TRACT's)
     config.latent_lpips = ""  # folder of launch/train_lpips.py, for latent_lpips
     config.trainable = "full"  # full: all weights of the UNet; lora: low-rank factors beside the frozen teacher
     config.lora = ConfigDict()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import flax.struct
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 Params = dict[str, Any]
 Latents = Float[Array, "n h w c"]
@@ -45,7 +45,8 @@ class Batch:
     trajectory_step: the teacher's solver steps from pure noise to each example's state. num_segments: M of this step.
     guidance_scale: of the teacher. seed: the run's (rng.seed_words), so that one compiled program serves all seeds.
     latents: clean ones, scaled, where states are made of data. prompt_tokens: the prompts as frozen networks beside
-    the teacher read them, by the network's role.
+    the teacher read them, by the network's role. renews_teacher: whether the student as it is becomes the teacher,
+    where a student is one.
     """
 
     conditioning: TextConditioning
@@ -55,6 +56,7 @@ class Batch:
     seed: UInt32[Array, "2"]
     latents: Latents | None = None
     prompt_tokens: dict[str, Int[Array, "n t"]] = flax.struct.field(default_factory=dict)
+    renews_teacher: Bool[Array, ""] | None = None
 
     @property
     def condition(self) -> Condition:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from mlcm_jax.diffusion.scheduler_config import LAST_TIMESTEP, NUM_TRAIN_TIMESTEPS
 from mlcm_jax.errors import UserError
-from mlcm_jax.rules import POSITIVE, between, check_rules, one_of
+from mlcm_jax.rules import POSITIVE, Rule, between, check_rules, one_of
 from mlcm_jax.types import AnyKey, Timesteps
 
 MAX_SEGMENTS = 100  # more would leave a segment fewer than 10 timesteps
@@ -24,8 +24,19 @@ IntLike = int | Int[Array, ""]
 
 def check(config: ConfigDict) -> None:
     """Raise UserError for settings of segments and of the timesteps in them that cannot work."""
-    rules = {"num_segments": between(1, MAX_SEGMENTS), "timesteps": one_of("uniform", "milestones"), "skip": POSITIVE}
-    check_rules(config, rules | {"skip_end": between(0, min(config.skip, LAST_TIMESTEP))})
+    rules = {
+        "num_segments": between(1, MAX_SEGMENTS),
+        "timesteps": one_of("uniform", "milestones", "grid"),
+        "skip": POSITIVE,
+        "skip_end": between(0, min(config.skip, LAST_TIMESTEP)),
+    }
+    check_rules(config, rules)
+    if config.timesteps == "grid":
+        multiple = Rule(
+            lambda v: 0 < v < LAST_TIMESTEP and v % config.num_segments == 0,
+            f"a multiple of num_segments={config.num_segments} below {LAST_TIMESTEP} with timesteps='grid'",
+        )
+        check_rules(config, {"grid": multiple})
 
 
 def boundaries(num_segments: int) -> Int[np.ndarray, " boundaries"]:
@@ -53,6 +64,18 @@ def draw_timesteps(rng: AnyKey, segment: Int[Array, " n"], num_segments: IntLike
     """One timestep for each example, uniform over lower < t <= upper of its segment."""
     upper, lower = segment_boundaries(segment, num_segments)
     return jax.random.randint(rng, segment.shape, lower + 1, upper + 1)
+
+
+def draw_from_grid(rng: AnyKey, segment: Int[Array, " n"], num_segments: IntLike, grid: int) -> Timesteps:
+    """One timestep for each example among the upper boundaries of the grid's segments that lie in its own."""
+    each = grid // num_segments
+    place = jax.random.randint(rng, segment.shape, 0, each)
+    return segment_boundaries(segment * each + place, grid)[0]
+
+
+def segment_of(t: Timesteps, num_segments: IntLike) -> Int[Array, " n"]:
+    """The segment with lower < t <= upper."""
+    return (num_segments * (NUM_TRAIN_TIMESTEPS - t) - 1) // NUM_TRAIN_TIMESTEPS
 
 
 def steps_to_first_segment(timesteps: str) -> int:

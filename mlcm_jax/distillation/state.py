@@ -19,6 +19,7 @@ def check(config: ConfigDict) -> None:
         config,
         {
             "trainable": one_of("full", "lora"),
+            "teacher_network": one_of("teacher", "previous"),
             "lora.rank": POSITIVE,
             "lora.alpha": POSITIVE,
             "ema_decay": Rule(lambda v: 0 <= v < 1, "0 or more and less than 1"),
@@ -56,6 +57,8 @@ class TrainState:
 
     ema: moving average of params, or None where the run keeps none. trajectory_buffer: live trajectories, of each
     size of images where there are several; None where states come from elsewhere. critics: by the name of their loss.
+    previous_student: what was trained when num_segments last changed, the teacher of stages with
+    teacher_network="previous"; None where there are none.
     """
 
     step: Int[Array, ""]
@@ -64,6 +67,7 @@ class TrainState:
     ema: Params | None = None
     trajectory_buffer: TrajectoryBuffer | tuple[TrajectoryBuffer, ...] | None = None
     critics: dict[str, Critic] = flax.struct.field(default_factory=dict)
+    previous_student: Params | None = None
 
     @property
     def trained(self) -> Params:
@@ -98,10 +102,13 @@ def create(
     with_ema: bool = False,
     trajectory_buffer: TrajectoryBuffer | tuple[TrajectoryBuffer, ...] | None = None,
     critics: dict[str, Critic] | None = None,
+    with_previous: bool = False,
 ) -> TrainState:
-    """A state at step 0; the moving average starts as a copy of the parameters."""
+    """A state at step 0; the moving average and the student before start as copies of the parameters."""
     ema = jax.tree.map(jnp.copy, params) if with_ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, trajectory_buffer, critics or {})
+    previous = jax.tree.map(jnp.copy, params) if with_previous else None
+    step, opt_state = jnp.zeros((), jnp.int32), optimizer.init(params)
+    return TrainState(step, params, opt_state, ema, trajectory_buffer, critics or {}, previous)
 
 
 def update_ema(ema: Params, params: Params, decay: float) -> Params:

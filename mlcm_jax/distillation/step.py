@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
@@ -34,6 +35,8 @@ def make_train_step(
     config, losses = context.config, active_losses(context)
 
     def train_step(state: TrainState, frozen: Frozen, batch: Batch):
+        if config.teacher_network == "previous":
+            state = state.replace(previous_student=_renewed(state, batch))
         states, trajectory_buffer = draw_states(context, state, frozen, batch, latent_shape, bucket)
         target = jax.lax.stop_gradient(target_answer(context, state, frozen, batch, states))
         examples = Examples(
@@ -50,9 +53,16 @@ def make_train_step(
         )
         norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
         metrics = {"loss": loss, **norms, "num_segments": batch.num_segments} | metrics | critic_metrics
-        return TrainState(state.step + 1, params, opt_state, ema, trajectory_buffer, critics), metrics
+        previous = state.previous_student
+        return TrainState(state.step + 1, params, opt_state, ema, trajectory_buffer, critics, previous), metrics
 
     return train_step
+
+
+def _renewed(state: TrainState, batch: Batch) -> Params:
+    """The student that is the teacher from this step on: the one before, or the present one."""
+    previous, renews = cast(Params, state.previous_student), cast(Array, batch.renews_teacher)
+    return jax.tree.map(partial(jnp.where, renews), state.trained, previous)
 
 
 def draw_states(
@@ -66,10 +76,13 @@ def draw_states(
     """A state of each example, the teacher's short step on from it, and what the state keeps of live trajectories."""
     condition, streams = batch.condition, ("noise", "timesteps", "student_samples")
     noise_key, timestep_key, sample_key = (rng.stream(batch.seed, name, state.step) for name in streams)
+    teacher_x0 = partial(context.teacher_x0, frozen, condition)
+    if context.config.teacher_network == "previous":
+        teacher_x0 = partial(context.student_x0, cast(Params, state.previous_student), frozen, condition)
     source = SourceContext(
         context.schedule,
         context.config,
-        partial(context.teacher_x0, frozen, condition),
+        teacher_x0,
         partial(context.student_x0, state.params, frozen, condition),
         timestep_key,
         sample_key,

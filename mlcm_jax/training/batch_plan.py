@@ -49,6 +49,14 @@ def takes_new_prompt(stage: Stage, plan: BatchPlan) -> Bool[np.ndarray, " n"]:
     return source_of(stage).takes_new_prompt(plan.trajectory_step)
 
 
+def renews_teacher(stages: tuple[Stage, ...], step: int) -> bool:
+    """Whether ``step`` is the first with its number of segments: then the student becomes the teacher of stages that
+    have students as theirs."""
+    number = stage_at(stages, step)
+    before = stages[max(number - 1, 0)].config.num_segments
+    return step == stages[number].start and (number == 0 or before != stages[number].config.num_segments)
+
+
 def guidance_scales(config: ConfigDict, prompts: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """The scale of each position in the stream: constant along a trajectory, uniform where a range is given."""
     low, high = config.guidance_scale, config.guidance_scale_max or config.guidance_scale

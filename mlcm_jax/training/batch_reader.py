@@ -13,7 +13,7 @@ from mlcm_jax.data.latents import LatentFile
 from mlcm_jax.data.prompts import PromptIndex, TextSource, shuffled
 from mlcm_jax.data.text_states import TextState, TextStates
 from mlcm_jax.parallel.sharding import batch_sharding, local_rows
-from mlcm_jax.training.batch_plan import batch_plan, source_of, takes_new_prompt
+from mlcm_jax.training.batch_plan import batch_plan, renews_teacher, source_of, takes_new_prompt
 from mlcm_jax.training.program import Program, StageProgram, program_at, stages_of
 from mlcm_jax.training.stages import Stage, num_buckets
 
@@ -35,7 +35,7 @@ class NewPrompts(NamedTuple):
 
 class HostBatch(NamedTuple):
     """Of one step, this process's examples. new_prompts: what has to be encoded, in order. texts: for frozen networks
-    that read prompts, where there are any."""
+    that read prompts, where there are any. renews_teacher: as batch_plan has it."""
 
     step: int
     new_prompts: list[NewPrompts]
@@ -44,6 +44,7 @@ class HostBatch(NamedTuple):
     latents: Float[np.ndarray, "n h w c"] | None
     prompt_tokens: dict[str, Int[np.ndarray, "n t"]]
     texts: list[str]
+    renews_teacher: bool
 
 
 class BatchReader:
@@ -86,6 +87,7 @@ class BatchReader:
             self._latents[[place.row for place in places]] if reads_latents and self._latents else None,
             {},
             self._texts(places) if reads_prompts else [],
+            renews_teacher(self._stages, step),
         )
 
     def _first_under_way(self, step: int, stage: Stage) -> int:

@@ -67,11 +67,13 @@ def _absolute(folder: epath.PathLike) -> epath.Path:
 
 
 def _as_saved(state: Any) -> Any:
-    """A train state under the names that it has in a checkpoint; anything else as it is."""
+    """A train state under the names that it has in a checkpoint; anything else as it is. A state without a former
+    student is saved as those were that are older than this field."""
     if not isinstance(state, TrainState):
         return state
     fields = (field.name for field in dataclasses.fields(state))
-    return {SAVED_NAMES.get(name, name): getattr(state, name) for name in fields}
+    named = {SAVED_NAMES.get(name, name): getattr(state, name) for name in fields}
+    return {name: value for name, value in named.items() if name != "previous_student" or value is not None}
 
 
 def _like(like: Any, saved: Any) -> Any:

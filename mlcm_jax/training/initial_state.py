@@ -57,6 +57,7 @@ class InitialState:
             with_ema=config.ema_decay > 0,
             trajectory_buffer=buffers[0] if len(buffers) == 1 else buffers,
             critics=critics,
+            with_previous=any(stage.config.teacher_network == "previous" for stage in self.stages),
         )
 
 
@@ -77,6 +78,7 @@ def batch_shapes(
 
     one: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     seed: Any = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=replicated)
+    renews: Any = jax.ShapeDtypeStruct((), jnp.bool_, sharding=replicated)
     asked = network_loads(config, architecture)
     tokens = {role: examples(jnp.int32, t.shape[1]) for role, t in networks.tokenize([""]).items() if role in asked}
     return Batch(
@@ -87,4 +89,5 @@ def batch_shapes(
         seed=seed,
         latents=latents if source_of(stage).reads_latents else None,
         prompt_tokens=tokens,
+        renews_teacher=renews if config.teacher_network == "previous" else None,
     )

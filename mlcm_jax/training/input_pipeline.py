@@ -108,6 +108,7 @@ class InputPipeline:
             seed=one(seed_words(config.seed)),
             latents=None if read.latents is None else put(read.latents),
             prompt_tokens={role: put(tokens) for role, tokens in read.prompt_tokens.items()},
+            renews_teacher=one(np.bool_(read.renews_teacher)) if config.teacher_network == "previous" else None,
         )
 
     def _encoded(self, new: NewPrompts) -> Texts:

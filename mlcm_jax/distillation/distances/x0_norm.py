@@ -21,13 +21,18 @@ def x0_norm(schedule: Schedule, difference: Latents, t: Timesteps) -> Float[Arra
     return (jnp.square(alpha / sigma) + 1)[:, 0, 0, 0] * norm
 
 
-def _measure(context: DistillationContext, answers: Answers, weights: Mapping[str, Params]) -> Float[Array, " n"]:
+def x0_difference(context: DistillationContext, answers: Answers) -> Latents:
+    """Of the clean latents, predicted at t, that lead to the two answers: the inverse DDIM step, where they lie at the
+    boundary."""
     difference = answers.prediction - answers.target
-    if context.config.target == "boundary":
-        # The inverse DDIM step: which clean latents, predicted at t, lead to an answer at the boundary.
-        _, x0_weight = ddim_weights(context.schedule, answers.t, answers.boundary)
-        difference = difference / x0_weight
-    return x0_norm(context.schedule, difference, answers.t)
+    if context.config.target != "boundary":
+        return difference
+    _, x0_weight = ddim_weights(context.schedule, answers.t, answers.boundary)
+    return difference / x0_weight
+
+
+def _measure(context: DistillationContext, answers: Answers, weights: Mapping[str, Params]) -> Float[Array, " n"]:
+    return x0_norm(context.schedule, x0_difference(context, answers), answers.t)
 
 
 X0_NORM = Distance(_measure)

@@ -51,8 +51,9 @@ class Placement(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SourceContext:
-    """What a source may call. teacher_x0: guided. student_x0: without gradient. timestep_key: of this step's timesteps.
-    sample_key: of the noise that the student's own samples start from. step: finished updates."""
+    """What a source may call. teacher_x0: guided, or of the student before. student_x0: without gradient. timestep_key:
+    of this step's timesteps. sample_key: of the noise that the student's own samples start from. step: finished
+    updates."""
 
     schedule: Schedule
     config: ConfigDict
@@ -67,14 +68,19 @@ class SourceContext:
         return jnp.maximum(trajectory_step - segments.steps_to_first_segment(self.config.timesteps), 0)
 
     def draw_timesteps(self, segment: Int[Array, " n"], num_segments: Int[Array, ""]) -> Timesteps:
-        """t_m in each example's segment: anywhere, or at its upper boundary."""
+        """t_m in each example's segment: anywhere, at its upper boundary, or at one of a finer grid."""
         if self.config.timesteps == "milestones":
             return segments.segment_boundaries(segment, num_segments)[0]
+        if self.config.timesteps == "grid":
+            return segments.draw_from_grid(self.timestep_key, segment, num_segments, self.config.grid)
         return segments.draw_timesteps(self.timestep_key, segment, num_segments)
 
     def short_step(self, draws: Draws, t_m: Timesteps) -> tuple[Timesteps, Timesteps]:
         """t_n and the boundary for states in the examples' segments."""
         _, boundary = segments.segment_boundaries(self.segment(draws.trajectory_step), draws.num_segments)
+        if self.config.timesteps == "grid":
+            grid = self.config.grid
+            return segments.segment_boundaries(segments.segment_of(t_m, grid), grid)[1], boundary
         return segments.short_step(t_m, segments.annealed_skip(self.config, self.step), boundary), boundary
 
     def target_solver(self, clean: Latents | None = None) -> Solver:
