@@ -57,6 +57,14 @@ TO_BOUNDARY = {"num_segments": 8, "target": "boundary", "distance": "x0_norm"}
 FEWER_SEGMENTS = ((0.25, {"num_segments": 4}), (0.5, {"num_segments": 2}))
 ANNEALED = {"skip": 16, "skip_end": 1}  # a teacher of 64 steps at first, and of a step each timestep in the end
 
+PCM = {
+    "states": "data",
+    "num_segments": 4,
+    "skip": 25,  # a grid of 40 timesteps
+    "distance": "pseudo_huber",
+    "adversarial_consistency.weight": 0.1,
+}
+
 METHODS = {
     "mlcm": Method(962, 14_000),  # as in configs/emoji_full.py and configs/sdxl.py:lora
     "lcm": Method(
@@ -93,6 +101,20 @@ METHODS = {
             (0.4, {"num_segments": 2, "grid": 8, "teacher_network": "previous"}),
             (0.7, {"num_segments": 1, "grid": 2}),
         ),
+    ),
+    "pcm": Method(
+        1085,
+        20_000,
+        PCM,
+        emoji={"adversarial_consistency.learning_rate": 1e-3},  # as of the LoRA's own rate, for a short run
+        sdxl={"guidance_scale": 7.0, "guidance_scale_max": 8.0, "optim.learning_rate": 2e-6},
+    ),
+    "pcm_no_cfg": Method(
+        1085,
+        20_000,
+        PCM | {"guidance_scale": 1.0, "empty_prompts": 0.1},
+        emoji={"adversarial_consistency.learning_rate": 1e-3},
+        sdxl={"optim.learning_rate": 2e-6},
     ),
 }
 

@@ -42,6 +42,7 @@ SCHEDULER = flags.DEFINE_enum("scheduler", None, list(SAMPLERS), "In place of th
 ETA = flags.DEFINE_float("eta", 0.0, "TCDScheduler: part of fresh noise at each step, 0 (none) to 1.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial noise.", 0, MAX_SEED)
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "Default: 1 (none) for distilled models, 5 for others.")
+NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", "", "What a --guidance_scale above 1 leads away from.")
 LATENTS = flags.DEFINE_string("latents", None, "Initial noise, .npy, float32 [N, 4, h, w], as diffusers takes it.")
 SAVE_LATENTS = flags.DEFINE_string("save_latents", None, "Where to write the initial noise, .npy.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the UNet's and text encoders' arithmetic.")
@@ -108,6 +109,7 @@ def main():
         prompts,
         num_steps=STEPS.value,
         guidance_scale=GUIDANCE_SCALE.value,
+        negative_prompt=NEGATIVE_PROMPT.value,
         seed=SEED.value,
         latents=noise,
         eta=ETA.value,

@@ -82,6 +82,7 @@ def base() -> ConfigDict:
     config.guidance_scale = 8.0  # w of the teacher that is distilled into the student
     config.guidance_scale_max = 0.0  # w is drawn between guidance_scale and this for each trajectory; 0: fixed
     config.guidance_embedding_dim = 0  # width of the student's embedding of w (LCM: 256); 0: it has one w within
+    config.empty_prompts = 0.0  # fraction of prompts that the run replaces by none, so that the student can be guided
     config.negative_prompt = ""  # for the teacher's unconditional branch; "": what its pipeline does without one
     config.target = "boundary"  # where answers are compared: at the segment's lower boundary, or x0
     config.target_network = "student"  # whose answer is the target: student, or ema (needs ema_decay)
@@ -108,6 +109,11 @@ def base() -> ConfigDict:
     config.adversarial.learning_rate = 1e-4  # of the discriminator's heads
     config.adversarial.updates = 1  # of the heads, for each of the student
     config.adversarial.width = 64  # channels of a head
+    config.adversarial_consistency = ConfigDict()  # PCM's, where answers are compared; needs target="boundary"
+    config.adversarial_consistency.weight = 0.0
+    config.adversarial_consistency.learning_rate = 1e-5  # of the discriminator's heads
+    config.adversarial_consistency.updates = 1  # of the heads, for each of the student
+    config.adversarial_consistency.width = 64  # channels of a head
     config.preference = RunConfig()
     config.preference.weight = 0.0
     config.preference.reward_model = ""  # NAME=FOLDER, see docs/evaluate.md: clip=examples/emoji/scorer

@@ -46,7 +46,7 @@ class Batch:
     guidance_scale: of the teacher. seed: the run's (rng.seed_words), so that one compiled program serves all seeds.
     latents: clean ones, scaled, where states are made of data. prompt_tokens: the prompts as frozen networks beside
     the teacher read them, by the network's role. renews_teacher: whether the student as it is becomes the teacher,
-    where a student is one.
+    where a student is one. without_prompt: examples that have the conditioning of no prompt, where there are such.
     """
 
     conditioning: TextConditioning
@@ -57,6 +57,7 @@ class Batch:
     latents: Latents | None = None
     prompt_tokens: dict[str, Int[Array, "n t"]] = flax.struct.field(default_factory=dict)
     renews_teacher: Bool[Array, ""] | None = None
+    without_prompt: Bool[Array, " n"] | None = None
 
     @property
     def condition(self) -> Condition:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline, TCDScheduler
 from small_runs import SCHEDULE, random_like, settings
 from tiny_models import ONE_LEVEL_XL, save_sdxl
 from torch_weights import assert_close, channels_first, channels_last
@@ -20,7 +20,8 @@ from mlcm_jax.hub.pipeline import load_pipeline, read_architecture
 from mlcm_jax.models.unet import guidance_embedding
 from mlcm_jax.sampling.conditioning import encode_prompts, unconditional
 from mlcm_jax.sampling.sample import default_guidance_scale, sample_latents
-from mlcm_jax.training.export import student_unet
+from mlcm_jax.sampling.text_to_image import TextToImage
+from mlcm_jax.training.export import student_scheduler_config, student_unet
 from mlcm_jax.training.program import build_program
 
 PROMPT = "red heart"
@@ -63,6 +64,32 @@ def test_samples_are_diffusers(folder):
         )
         assert_close(ours, channels_last(theirs))
         samples.append(ours)
+    assert np.abs(samples[0] - samples[1]).max() > 1e-3
+
+
+def test_a_student_without_guidance_within_is_guided_as_in_diffusers(teacher_folder):
+    """As configs/methods.py:pcm_no_cfg leaves one: TCDScheduler, guidance and a negative prompt."""
+    reference = StableDiffusionXLPipeline.from_pretrained(teacher_folder)
+    scheduler = student_scheduler_config(dict(reference.scheduler.config) | {"_class_name": "DDIMScheduler"})
+    reference.scheduler = TCDScheduler.from_config(scheduler)
+    reference.set_progress_bar_config(disable=True)
+    sampler = TextToImage(load_pipeline(teacher_folder).with_scheduler(scheduler))
+    noise = np.random.default_rng(0).standard_normal((1, 16, 16, 4), np.float32)
+    samples = []
+    for negative_prompt in ("", "grey"):
+        theirs = reference(
+            PROMPT,
+            guidance_scale=4.0,
+            negative_prompt=negative_prompt or None,  # "" would be encoded
+            latents=channels_first(noise),
+            num_inference_steps=2,
+            height=32,
+            width=32,
+            output_type="latent",
+        ).images
+        asked = {"guidance_scale": 4.0, "negative_prompt": negative_prompt}
+        samples.append(sampler.sample(PROMPT, num_steps=2, latents=noise, **asked))
+        assert_close(samples[-1], channels_last(theirs))
     assert np.abs(samples[0] - samples[1]).max() > 1e-3
 
 

@@ -11,10 +11,17 @@ from mlcm_jax.types import Batch, TextConditioning
 LATENT_SHAPE = (4, 4, 2)
 
 
-def toy_apply(variables, z, t, conditioning):
-    p = variables["params"]
+def toy_features(params, z, t, conditioning):
+    """The hidden layer, which counts as the output of the middle block."""
     shift = (t / 1000 + conditioning.pooled.mean(axis=1))[:, None, None, None]
-    return jnp.tanh(z @ p["a"] + shift) @ p["b"]
+    return jnp.tanh(z @ params["a"] + shift)
+
+
+def toy_apply(variables, z, t, conditioning, *, capture_intermediates=None, mutable=()):
+    """The last two as flax has them: with ``mutable`` the features are returned beside the output."""
+    hidden = toy_features(variables["params"], z, t, conditioning)
+    output = hidden @ variables["params"]["b"]
+    return (output, {"intermediates": {"mid_block": {"__call__": (hidden,)}}}) if mutable else output
 
 
 def toy_params(seed):

@@ -55,6 +55,12 @@ def add_noise(schedule: Schedule, x0: Latents, noise: Latents, timesteps: Timest
     return alpha * x0.astype(jnp.float32) + sigma * noise.astype(jnp.float32)
 
 
+def noise_further(schedule: Schedule, z: Latents, noise: Latents, t: Timesteps, s: Timesteps) -> Latents:
+    """z at t noised on to s >= t, float32: what a noising to t becomes is a noising to s (arXiv 2006.11239 eq. 2)."""
+    kept = (schedule.alphas_cumprod[s] / schedule.alphas_cumprod[t])[:, None, None, None]
+    return jnp.sqrt(kept) * z.astype(jnp.float32) + jnp.sqrt(1 - kept) * noise.astype(jnp.float32)
+
+
 def training_target(schedule: Schedule, x0: Latents, noise: Latents, timesteps: Timesteps) -> Latents:
     """The output that a perfect network has for z_t = alpha x0 + sigma noise, float32."""
     alpha, sigma = alpha_sigma(schedule, timesteps)

@@ -60,6 +60,11 @@ def segment_boundaries(
     return upper, jnp.maximum(lower, 0)
 
 
+def width(t: Timesteps, num_segments: IntLike) -> Timesteps:
+    """Timesteps in a segment, 1000 / M rounded down, for each example."""
+    return jnp.full_like(t, NUM_TRAIN_TIMESTEPS // num_segments)
+
+
 def draw_timesteps(rng: AnyKey, segment: Int[Array, " n"], num_segments: IntLike) -> Timesteps:
     """One timestep for each example, uniform over lower < t <= upper of its segment."""
     upper, lower = segment_boundaries(segment, num_segments)

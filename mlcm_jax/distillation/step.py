@@ -1,5 +1,6 @@
 """The algorithm of a step on one screen: multistep latent consistency distillation (arXiv 2406.05768)."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -10,6 +11,7 @@ import optax
 from jaxtyping import Array
 
 from mlcm_jax import rng
+from mlcm_jax.distillation import segments
 from mlcm_jax.distillation.context import DistillationContext
 from mlcm_jax.distillation.losses import Examples, active_losses, total_loss, train_critics
 from mlcm_jax.distillation.microbatches import value_and_grad
@@ -37,10 +39,18 @@ def make_train_step(
     def train_step(state: TrainState, frozen: Frozen, batch: Batch):
         if config.teacher_network == "previous":
             state = state.replace(previous_student=_renewed(state, batch))
+        batch = with_empty_prompts(batch, frozen)
         states, trajectory_buffer = draw_states(context, state, frozen, batch, latent_shape, bucket)
         target = jax.lax.stop_gradient(target_answer(context, state, frozen, batch, states))
         examples = Examples(
-            states.z_m, states.t_m, states.boundary, target, states.clean, batch.condition, batch.prompt_tokens
+            z=states.z_m,
+            t=states.t_m,
+            boundary=states.boundary,
+            width=segments.width(states.t_m, batch.num_segments),
+            target=target,
+            clean=states.clean,
+            condition=batch.condition,
+            prompt_tokens=batch.prompt_tokens,
         )
         loss_fn = partial(total_loss, losses, context, state.critics, frozen)
         key = rng.stream(batch.seed, "terms", state.step)
@@ -63,6 +73,17 @@ def _renewed(state: TrainState, batch: Batch) -> Params:
     """The student that is the teacher from this step on: the one before, or the present one."""
     previous, renews = cast(Params, state.previous_student), cast(Array, batch.renews_teacher)
     return jax.tree.map(partial(jnp.where, renews), state.trained, previous)
+
+
+def with_empty_prompts(batch: Batch, frozen: Frozen) -> Batch:
+    """The batch whose examples without a prompt are conditioned as the teacher's unconditional branch is."""
+    if batch.without_prompt is None:
+        return batch
+    empty, own = batch.without_prompt, batch.conditioning
+    hidden_states = jnp.where(empty[:, None, None], frozen.unconditional.hidden_states, own.hidden_states)
+    pooled = jnp.where(empty[:, None], frozen.unconditional.pooled, own.pooled)
+    conditioning = dataclasses.replace(own, hidden_states=hidden_states, pooled=pooled)
+    return dataclasses.replace(batch, conditioning=conditioning)
 
 
 def draw_states(

@@ -14,9 +14,13 @@ Feature = Float[Array, "n h w c"]
 
 
 class DiscriminatorHeads(nn.Module):
-    """A small convolutional head on each feature: a map of logits, positive for real."""
+    """A small convolutional head on each feature: a map of logits, positive for real.
+
+    kernel_size: of a head's first convolution.
+    """
 
     width: int
+    kernel_size: int = 3
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -24,7 +28,8 @@ class DiscriminatorHeads(nn.Module):
         return [self._head(name, feature) for name, feature in features.items()]
 
     def _head(self, name: str, feature: Feature) -> Float[Array, "n h w 1"]:
-        x = Conv(self.width, dtype=self.dtype, name=f"{name}_in")(feature)
+        size = self.kernel_size
+        x = Conv(self.width, size, padding=size // 2, dtype=self.dtype, name=f"{name}_in")(feature)
         x = GroupNorm(min(32, self.width // 2), 1e-5, dtype=self.dtype, name=f"{name}_norm")(x)
         logits = Conv(1, kernel_size=1, padding=0, dtype=self.dtype, name=f"{name}_out")(jax.nn.silu(x))
         return logits.astype(jnp.float32)

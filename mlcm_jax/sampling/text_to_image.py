@@ -38,6 +38,7 @@ class TextToImage:
         *,
         num_steps: int = 4,
         guidance_scale: float | None = None,
+        negative_prompt: str = "",
         seed: int = 0,
         image_size: ImageSize | None = None,
         latents: Latents | None = None,
@@ -47,8 +48,9 @@ class TextToImage:
         """An image of each prompt; the arguments are those of ``sample``. vae_tiling: as ``decode`` takes it."""
         noise = self._start(prompts, seed, image_size, latents)
         in_tiles(self.pipeline.vae, noise, vae_tiling)  # answers a mistake before anything is compiled
-        settings = {"num_steps": num_steps, "guidance_scale": guidance_scale, "seed": seed, "eta": eta}
-        return decode(self.pipeline.vae, self.sample(prompts, latents=noise, **settings), vae_tiling)
+        guidance = {"guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
+        samples = self.sample(prompts, num_steps=num_steps, seed=seed, latents=noise, eta=eta, **guidance)
+        return decode(self.pipeline.vae, samples, vae_tiling)
 
     def sample(
         self,
@@ -56,6 +58,7 @@ class TextToImage:
         *,
         num_steps: int = 4,
         guidance_scale: float | None = None,
+        negative_prompt: str = "",
         seed: int = 0,
         image_size: ImageSize | None = None,
         latents: Latents | None = None,
@@ -63,7 +66,8 @@ class TextToImage:
     ) -> Latents:
         """Clean latents of each prompt, scaled, by the pipeline's own scheduler.
 
-        guidance_scale: None takes the scheduler's usual one: 1 for students, 5 for teachers. latents: initial noise,
+        guidance_scale: None takes the scheduler's usual one: 1 for students, 5 for teachers. negative_prompt: what a
+        guidance scale above 1 leads away from; "": what the pipeline does without one. latents: initial noise,
         scaled to unit variance, instead of that of ``seed`` and ``image_size``; one prompt serves all of it.
         eta: 0 to 1, the noise that TCDScheduler adds.
         Raises UserError, before anything is compiled, for a number of steps or a size that cannot work.
@@ -78,7 +82,7 @@ class TextToImage:
             pipeline.scheduler_config,
             noise,
             encode_prompts(pipeline, prompts if len(prompts) == n else prompts * n, size),
-            unconditional(pipeline, n, size),
+            unconditional(pipeline, n, size, negative_prompt),
             guidance_scale=default_guidance_scale(pipeline) if guidance_scale is None else guidance_scale,
             num_steps=num_steps,
             rng=jax.random.fold_in(seed_key(seed), SAMPLER_STREAM),

@@ -10,18 +10,20 @@ from ml_collections import ConfigDict
 from mlcm_jax.distillation.states import STATE_SOURCES, Placement, StateSource
 from mlcm_jax.training.stages import Stage, num_buckets, stage_at
 
-_GUIDANCE = 1  # stream of numpy generators
+_GUIDANCE, _EMPTY = 1, 3  # streams of numpy generators
 
 
 class BatchPlan(NamedTuple):
     """trajectory_step: the teacher's solver steps from pure noise to the example's state (states.Draws).
 
-    prompts: positions in the run's stream of prompts. guidance_scale: of the teacher.
+    prompts: positions in the run's stream of prompts. guidance_scale: of the teacher. without_prompt: whether the
+    example goes without its prompt.
     """
 
     trajectory_step: Int[np.ndarray, " n"]
     prompts: Int[np.ndarray, " n"]
     guidance_scale: Float[np.ndarray, " n"]
+    without_prompt: Bool[np.ndarray, " n"]
 
 
 def batch_plan(stages: tuple[Stage, ...], step: int) -> BatchPlan:
@@ -29,7 +31,9 @@ def batch_plan(stages: tuple[Stage, ...], step: int) -> BatchPlan:
     number = stage_at(stages, step)
     stage, before = stages[number], sum(_prompts_used(s) for s in stages[:number])
     trajectory_step, prompts = _placement(stage, step)
-    return BatchPlan(trajectory_step, before + prompts, guidance_scales(stage.config, before + prompts))
+    prompts = before + prompts
+    scales, empty = guidance_scales(stage.config, prompts), empty_prompts(stage.config, prompts)
+    return BatchPlan(trajectory_step, prompts, scales, empty)
 
 
 def _placement(stage: Stage, step: int) -> Placement:
@@ -60,8 +64,19 @@ def renews_teacher(stages: tuple[Stage, ...], step: int) -> bool:
 def guidance_scales(config: ConfigDict, prompts: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """The scale of each position in the stream: constant along a trajectory, uniform where a range is given."""
     low, high = config.guidance_scale, config.guidance_scale_max or config.guidance_scale
-    draws = [np.random.default_rng([config.seed, _GUIDANCE, int(p)]).random() for p in prompts]
-    return np.asarray(low + (high - low) * np.asarray(draws), np.float32)
+    return np.asarray(low + (high - low) * _uniform(config, _GUIDANCE, prompts), np.float32)
+
+
+def empty_prompts(config: ConfigDict, prompts: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+    """Which positions in the stream are without a prompt: on average the fraction ``config.empty_prompts`` of them."""
+    if not config.empty_prompts:
+        return np.zeros(len(prompts), bool)
+    return _uniform(config, _EMPTY, prompts) < config.empty_prompts
+
+
+def _uniform(config: ConfigDict, stream: int, prompts: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """A number from 0 to 1 for each position in the stream of prompts, whatever batch it is in."""
+    return np.asarray([np.random.default_rng([config.seed, stream, int(p)]).random() for p in prompts])
 
 
 def _prompts_used(stage: Stage) -> int:

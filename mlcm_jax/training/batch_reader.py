@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from mlcm_jax.data.latents import LatentFile
 from mlcm_jax.data.prompts import PromptIndex, TextSource, shuffled
@@ -41,6 +41,7 @@ class HostBatch(NamedTuple):
     new_prompts: list[NewPrompts]
     trajectory_step: Int[np.ndarray, " n"]
     guidance_scale: Float[np.ndarray, " n"]
+    without_prompt: Bool[np.ndarray, " n"]
     latents: Float[np.ndarray, "n h w c"] | None
     prompt_tokens: dict[str, Int[np.ndarray, "n t"]]
     texts: list[str]
@@ -75,6 +76,8 @@ class BatchReader:
         reads_latents = stage.batch.latents is not None and self._latents is not None
         reads_prompts = bool(stage.batch.prompt_tokens)
         places = self._places(plan.prompts[self.examples]) if reads_latents or reads_prompts else []
+        empty = plan.without_prompt[self.examples]
+        texts = self._texts(places) if reads_prompts else []
         return HostBatch(
             step,
             [
@@ -84,9 +87,10 @@ class BatchReader:
             ],
             plan.trajectory_step[self.examples].astype(np.int32),
             plan.guidance_scale[self.examples],
+            empty,
             self._latents[[place.row for place in places]] if reads_latents and self._latents else None,
             {},
-            self._texts(places) if reads_prompts else [],
+            ["" if without else text for without, text in zip(empty, texts, strict=True)] if texts else [],
             renews_teacher(self._stages, step),
         )
 

@@ -90,4 +90,5 @@ def batch_shapes(
         latents=latents if source_of(stage).reads_latents else None,
         prompt_tokens=tokens,
         renews_teacher=renews if config.teacher_network == "previous" else None,
+        without_prompt=examples(jnp.bool_) if config.empty_prompts else None,
     )

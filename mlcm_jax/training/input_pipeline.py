@@ -107,6 +107,7 @@ class InputPipeline:
             guidance_scale=put(read.guidance_scale),
             seed=one(seed_words(config.seed)),
             latents=None if read.latents is None else put(read.latents),
+            without_prompt=put(read.without_prompt) if stage.batch.without_prompt is not None else None,
             prompt_tokens={role: put(tokens) for role, tokens in read.prompt_tokens.items()},
             renews_teacher=one(np.bool_(read.renews_teacher)) if config.teacher_network == "previous" else None,
         )

@@ -24,7 +24,7 @@ from mlcm_jax.models.remat import REMAT_POLICIES
 from mlcm_jax.models.unet import UNet2DConditionModel
 from mlcm_jax.parallel import sharding
 from mlcm_jax.rng import MAX_SEED
-from mlcm_jax.rules import NOT_NEGATIVE, POSITIVE, between, check_rules, one_of
+from mlcm_jax.rules import NOT_NEGATIVE, POSITIVE, Rule, between, check_rules, one_of
 from mlcm_jax.training.batch_plan import source_of
 from mlcm_jax.training.flops import count_flops
 from mlcm_jax.training.initial_state import InitialState, batch_shapes
@@ -41,6 +41,7 @@ def check(config: ConfigDict) -> None:
         config,
         {
             "guidance_scale_max": NOT_NEGATIVE,
+            "empty_prompts": Rule(lambda v: 0 <= v < 1, "0 or more and less than 1"),
             "seed": between(0, MAX_SEED),
             "batch_size": POSITIVE,
             "microbatches": POSITIVE,
@@ -51,6 +52,11 @@ def check(config: ConfigDict) -> None:
             "unroll": POSITIVE,
         },
     )
+    if config.empty_prompts and config.negative_prompt:
+        raise UserError(
+            "config.empty_prompts trains the student without a prompt, and config.negative_prompt would put one there: "
+            "leave negative_prompt empty; the student takes one when it is sampled."
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,10 @@ from toy_denoiser import LATENT_SHAPE, toy_apply, toy_batch, toy_conditioning, t
 from mlcm_jax.diffusion.parameterization import add_noise
 from mlcm_jax.distillation.context import DistillationContext
 from mlcm_jax.distillation.losses import Examples, LossInputs, read_frozen_networks
-from mlcm_jax.distillation.losses.adversarial import discriminator_loss, generator_loss
+from mlcm_jax.distillation.losses.adversarial import generator_loss
 from mlcm_jax.distillation.losses.base import critic_optimizer
 from mlcm_jax.distillation.losses.distribution_matching import fake_score_loss, matching_loss
+from mlcm_jax.distillation.losses.feature_critic import discriminator_loss
 from mlcm_jax.distillation.losses.preference import DECODER, FORMS, Preference
 from mlcm_jax.distillation.state import Critic, Frozen, create
 from mlcm_jax.distillation.step import make_train_step
@@ -219,7 +220,7 @@ def test_preference_raises_the_score_and_never_learns_from_the_held_out_model():
         def of(x0):
             tokens = networks.tokenize(["red heart", "sun"])
             frozen = Frozen({}, None, networks.weights | {DECODER: vae.params})
-            inputs = LossInputs(x0, Examples(x0, None, None, x0, None, None, tokens), frozen, jax.random.key(0))
+            inputs = LossInputs(x0, Examples(x0, None, None, None, x0, None, None, tokens), frozen, jax.random.key(0))
             return Preference(DistillationContext(None, SCHEDULE, config, networks))({}, inputs)
 
         return jax.jit(jax.value_and_grad(of, has_aux=True))

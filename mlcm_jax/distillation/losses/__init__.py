@@ -12,6 +12,7 @@ from mlcm_jax.diffusion.scheduler_config import LAST_TIMESTEP
 from mlcm_jax.distillation.context import DistillationContext
 from mlcm_jax.distillation.frozen_networks import FrozenNetworks, Load, read_networks
 from mlcm_jax.distillation.losses.adversarial import Adversarial
+from mlcm_jax.distillation.losses.adversarial_consistency import AdversarialConsistency
 from mlcm_jax.distillation.losses.base import (
     CriticShapes,
     Examples,
@@ -30,7 +31,7 @@ from mlcm_jax.rules import between, check_rules
 from mlcm_jax.types import Latents, Params
 
 LOSSES: dict[str, type[Loss]] = {
-    loss.name: loss for loss in (Consistency, DistributionMatching, Adversarial, Preference)
+    loss.name: loss for loss in (Consistency, DistributionMatching, Adversarial, AdversarialConsistency, Preference)
 }
 
 __all__ = [

@@ -26,12 +26,14 @@ Metrics = dict[str, Float[Array, ""]]  # without gradient
 
 
 class Examples(NamedTuple):
-    """What losses are made of, an entry an example: a state z at t, the lower boundary of its segment, the target,
-    clean latents of the state where its source has them, and the prompts as frozen networks read them, by role."""
+    """What losses are made of, an entry an example: a state z at t, the boundary where its answer is compared, the
+    width of its segment in timesteps, the target, clean latents of the state where its source has them, and the
+    prompts as frozen networks read them, by role."""
 
     z: Latents
     t: Timesteps
     boundary: Timesteps
+    width: Timesteps
     target: Latents
     clean: Latents | None
     condition: Condition
