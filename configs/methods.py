@@ -33,6 +33,7 @@ OF_METHODS = (
     "solver_steps",
     "target_solver",
     "teacher_network",
+    "target_noise",
     "target",
     "target_network",
     "distance",
@@ -115,6 +116,25 @@ METHODS = {
         PCM | {"guidance_scale": 1.0, "empty_prompts": 0.1},
         emoji={"adversarial_consistency.learning_rate": 1e-3},
         sdxl={"optim.learning_rate": 2e-6},
+    ),
+    "scott": Method(
+        709,
+        40_000,
+        {
+            "states": "data",
+            "num_segments": 1,
+            "skip": 24,
+            "solver_steps": 3,
+            "target_solver": "er_sde",
+            "target_noise": 0.5,  # in the middle of the range: sources disagree
+            "target": "x0",
+            "target_network": "ema",
+            "ema_decay": 0.95,
+            "distance": "pseudo_huber",
+            "adversarial.weight": 0.4,
+            "adversarial.features": "decoder",
+        },
+        emoji={"adversarial.learning_rate": 1e-3},
     ),
 }
 

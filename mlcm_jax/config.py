@@ -75,10 +75,9 @@ def base() -> ConfigDict:
     config.skip = 20  # timesteps that the teacher moves a state by, to make the target; at most to the segment's end
     config.skip_end = 0  # what skip falls to, exponentially over the first half of the run; 0: it stays
     config.solver_steps = 1  # guided steps that the teacher moves it in
-    config.target_solver = "ddim"  # of these: ddim, addim or, where states are noised latents, addim_data (MCM's)
-    config.teacher_network = (
-        "teacher"  # that makes it: teacher, or previous, the student of the last M, without guidance
-    )
+    config.target_solver = "ddim"  # of these: ddim, addim, or of noised latents also addim_data, ddim_sde or er_sde
+    config.target_noise = 1.0  # strength of the fresh noise of ddim_sde and er_sde, 0 (DDIM) to 1
+    config.teacher_network = "teacher"  # that makes it: teacher, or previous, the student of the M before, unguided
     config.guidance_scale = 8.0  # w of the teacher that is distilled into the student
     config.guidance_scale_max = 0.0  # w is drawn between guidance_scale and this for each trajectory; 0: fixed
     config.guidance_embedding_dim = 0  # width of the student's embedding of w (LCM: 256); 0: it has one w within
@@ -109,6 +108,7 @@ def base() -> ConfigDict:
     config.adversarial.learning_rate = 1e-4  # of the discriminator's heads
     config.adversarial.updates = 1  # of the heads, for each of the student
     config.adversarial.width = 64  # channels of a head
+    config.adversarial.features = "encoder"  # that the heads read: of the teacher's encoder, or its decoder (SCott's)
     config.adversarial_consistency = ConfigDict()  # PCM's, where answers are compared; needs target="boundary"
     config.adversarial_consistency.weight = 0.0
     config.adversarial_consistency.learning_rate = 1e-5  # of the discriminator's heads

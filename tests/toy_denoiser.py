@@ -18,10 +18,12 @@ def toy_features(params, z, t, conditioning):
 
 
 def toy_apply(variables, z, t, conditioning, *, capture_intermediates=None, mutable=()):
-    """The last two as flax has them: with ``mutable`` the features are returned beside the output."""
+    """The last two as flax has them: with ``mutable`` the features are returned beside the output, and their squares
+    as those of a decoder's block."""
     hidden = toy_features(variables["params"], z, t, conditioning)
     output = hidden @ variables["params"]["b"]
-    return (output, {"intermediates": {"mid_block": {"__call__": (hidden,)}}}) if mutable else output
+    blocks = {"mid_block": {"__call__": (hidden,)}, "up_blocks_0": {"__call__": (hidden**2,)}}
+    return (output, {"intermediates": blocks}) if mutable else output
 
 
 def toy_params(seed):

@@ -1,16 +1,17 @@
 """The teacher's own sampling trajectories: guided solver steps between traced timesteps (arXiv 2406.05768, sec. 4)."""
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Key
 from ml_collections import ConfigDict
 
 from mlcm_jax.diffusion.schedule import Schedule
 from mlcm_jax.diffusion.scheduler_config import LAST_TIMESTEP
 from mlcm_jax.diffusion.solvers import DDIM, SOLVERS, Solver
-from mlcm_jax.rules import POSITIVE, check_rules, one_of
+from mlcm_jax.rules import POSITIVE, between, check_rules, one_of
 from mlcm_jax.types import Latents, Timesteps
 
 # prediction of the clean latents: (latents, timesteps) -> x0
@@ -20,8 +21,9 @@ PredictX0 = Callable[[Latents, Timesteps], Latents]
 def check(config: ConfigDict) -> None:
     """Raise UserError for settings of the teacher's solver that cannot work."""
     rules = {
-        "trajectory_solver": one_of(*(name for name, solver in SOLVERS.items() if not solver.needs_clean)),
+        "trajectory_solver": one_of(*(name for name, s in SOLVERS.items() if not (s.needs_clean or s.adds_noise))),
         "target_solver": one_of(*(name for name, solver in SOLVERS.items() if not solver.uses_previous)),
+        "target_noise": between(0, 1),
         "solver_steps": POSITIVE,
         "guidance_scale": POSITIVE,
     }
@@ -59,12 +61,14 @@ def integrate(
     *,
     solver: Solver = DDIM,
     target_solver: Solver = DDIM,
+    noise_key: Key[Array, ""] | None = None,
 ) -> tuple[Latents, Latents]:
     """Solver steps from time to time of ``timesteps``: the states after ``num_steps`` of them and after all.
 
     The steps lead to the training state z_m, the substeps from there to z_n: one loop serves both, so that a compiled
     program holds the network once. num_steps may be traced: only the steps that are needed run.
-    solver: of the steps. target_solver: of the substeps; it reads no earlier prediction.
+    solver: of the steps. target_solver: of the substeps; it reads no earlier prediction. noise_key: of the fresh noise
+    of one that adds some.
     """
 
     def step(j, states):
@@ -75,7 +79,10 @@ def integrate(
         known = (j > 0) & (j < num_steps)
         following = solver.step(schedule, z, x0, x0_prev, jnp.where(known, t_prev, t), t, s)
         if target_solver != solver:
-            short = target_solver.step(schedule, z, x0, x0, t, t, s)
+            fresh = {}
+            if target_solver.adds_noise:
+                fresh["noise"] = jax.random.normal(jax.random.fold_in(cast(Any, noise_key), j), z.shape)
+            short = target_solver.step(schedule, z, x0, x0, t, t, s, **fresh)
             following = jnp.where(j < num_steps, following, short)
         z = following
         # A solver without memory never touches the last two of the loop's values.

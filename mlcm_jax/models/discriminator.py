@@ -35,14 +35,16 @@ class DiscriminatorHeads(nn.Module):
         return logits.astype(jnp.float32)
 
 
-def block_features(intermediates: Mapping[str, Any]) -> dict[str, Feature]:
-    """What a UNet's encoder and middle blocks returned, from flax's captured intermediates, in the network's order."""
-    blocks = [*sorted(name for name in intermediates if name.startswith("down_blocks")), "mid_block"]
+PARTS = {"encoder": ("down_blocks_", "mid_block"), "decoder": ("up_blocks_",)}  # of a UNet: how its blocks' names begin
+
+
+def block_features(intermediates: Mapping[str, Any], part: str) -> dict[str, Feature]:
+    """What a UNet's blocks of a part returned, from flax's captured intermediates, in the network's order."""
+    blocks = [name for start in PARTS[part] for name in sorted(intermediates) if name.startswith(start)]
     outputs = {name: intermediates[name]["__call__"][0] for name in blocks}
     return {name: output[0] if isinstance(output, tuple) else output for name, output in outputs.items()}
 
 
-def is_encoder_block(module: nn.Module, method: str) -> bool:
+def is_block(module: nn.Module, method: str, *, part: str) -> bool:
     """Filter for flax's capture_intermediates: the calls whose outputs ``block_features`` takes."""
-    name = module.name or ""
-    return method == "__call__" and (name == "mid_block" or name.startswith("down_blocks_")) and len(module.path) == 1
+    return method == "__call__" and (module.name or "").startswith(PARTS[part]) and len(module.path) == 1

@@ -25,6 +25,7 @@ CHANGEABLE = (
     "solver_steps",
     "target_solver",
     "teacher_network",
+    "target_noise",
     "trajectory_solver",
     "guidance_scale",
     "guidance_scale_max",

@@ -81,7 +81,7 @@ def pcm_losses(student, teacher, heads, batch, unconditional, seed=0):
     key = jax.random.fold_in(rng.stream(seed, f"{NAME}_rival", 0), 0)
     real, fake = (discriminate(x, key) for x in (target, to_edge(student, z, t)))
     rival = jnp.mean(jnp.maximum(1 - real, 0)) + jnp.mean(jnp.maximum(1 + fake, 0))
-    (_, losses), grads = jax.value_and_grad(student_loss, has_aux=True)(student)
+    (_, losses), grads = jax.jit(jax.value_and_grad(student_loss, has_aux=True))(student)
     return (*losses, rival), grads
 
 

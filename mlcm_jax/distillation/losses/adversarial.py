@@ -10,6 +10,8 @@ from mlcm_jax.distillation.losses.base import LossInputs, renoise
 from mlcm_jax.distillation.losses.feature_critic import FeatureCritic, Logits, discriminator_loss, mean_of_heads
 from mlcm_jax.distillation.states import STATE_SOURCES
 from mlcm_jax.errors import UserError
+from mlcm_jax.models.discriminator import PARTS
+from mlcm_jax.rules import check_rules, one_of
 from mlcm_jax.types import Latents
 
 
@@ -21,12 +23,17 @@ class Adversarial(FeatureCritic):
     @classmethod
     def check(cls, config: ConfigDict) -> None:
         super().check(config)
+        check_rules(config, {"adversarial.features": one_of(*PARTS)})
         if cls.is_active(config) and not STATE_SOURCES[config.states].gives_clean:
             fit = " or ".join(name for name, source in STATE_SOURCES.items() if source.gives_clean)
             raise UserError(
                 f"config.adversarial needs clean latents to compare with, and states={config.states!r} has none: use "
                 f"{fit}."
             )
+
+    @property
+    def part(self) -> str:
+        return self.context.config.adversarial.features
 
     def __call__(self, critic, inputs):
         return generator_loss(self._renoised(critic, inputs, inputs.x0)), {}

@@ -1,6 +1,7 @@
 """What adversarial losses share: heads on the frozen teacher's features of noisy latents, and the hinge loss."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar, cast
 
 import jax
@@ -9,7 +10,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from mlcm_jax.distillation.losses.base import Loss, LossInputs
-from mlcm_jax.models.discriminator import DiscriminatorHeads, block_features, is_encoder_block
+from mlcm_jax.models.discriminator import DiscriminatorHeads, block_features, is_block
 from mlcm_jax.rules import POSITIVE, Rule, check_rules
 from mlcm_jax.types import Latents, Timesteps
 
@@ -18,8 +19,8 @@ Logits = Float[Array, "n *rest"]
 
 
 class FeatureCritic(Loss):
-    """The critic is a set of heads on the outputs of the teacher's encoder and middle blocks, which are asked at the
-    latents' own noise level, and with the examples' conditioning. kernel_size: of a head's first convolution."""
+    """The critic is a set of heads on the outputs of blocks of the frozen teacher, which is asked at the latents' own
+    noise level, and with the examples' conditioning. kernel_size: of a head's first convolution."""
 
     has_critic: ClassVar[bool] = True
     kernel_size: ClassVar[int] = 3
@@ -43,16 +44,21 @@ class FeatureCritic(Loss):
         return cast(list[Array], self._heads.apply({"params": critic}, features))
 
     @property
+    def part(self) -> str:
+        """Of the teacher's UNet, whose blocks are taken: the encoder, with the middle block, or the decoder."""
+        return "encoder"
+
+    @property
     def _heads(self) -> DiscriminatorHeads:
         return DiscriminatorHeads(self.context.config[self.name].width, self.kernel_size)
 
     def _features(self, teacher, z, t, conditioning):
-        """Outputs of the encoder's and the middle blocks; the decoder's work is never run."""
-        variables = {"params": teacher}
+        """Outputs of the blocks; the work behind the last of them is never run."""
+        variables, wanted = {"params": teacher}, partial(is_block, part=self.part)
         _, captured = self.context.apply(
-            variables, z, t, conditioning, capture_intermediates=is_encoder_block, mutable=["intermediates"]
+            variables, z, t, conditioning, capture_intermediates=wanted, mutable=["intermediates"]
         )
-        return block_features(captured["intermediates"])
+        return block_features(captured["intermediates"], self.part)
 
 
 def discriminator_loss(real: Sequence[Logits], fake: Sequence[Logits]) -> Float[Array, ""]:

@@ -28,8 +28,9 @@ def check(config: ConfigDict) -> None:
     check_rules(config, {"states": one_of(*STATE_SOURCES)})
     source = STATE_SOURCES[config.states]
     source.check(config)
-    if SOLVERS[config.target_solver].needs_clean and not source.gives_clean:
+    solver = SOLVERS[config.target_solver]
+    if (solver.needs_clean or solver.adds_noise) and not source.gives_clean:
         raise UserError(
-            f"config.target_solver={config.target_solver!r} needs clean latents, and states={config.states!r} has "
-            "none: use addim, which needs none."
+            f"config.target_solver={config.target_solver!r} needs states of noised latents, which "
+            f"states={config.states!r} does not give: use ddim or addim."
         )

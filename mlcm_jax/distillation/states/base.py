@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 from ml_collections import ConfigDict
 
+from mlcm_jax import rng
 from mlcm_jax.diffusion.parameterization import add_noise
 from mlcm_jax.diffusion.schedule import Schedule
 from mlcm_jax.diffusion.solvers import SOLVERS, Solver
@@ -52,8 +53,8 @@ class Placement(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class SourceContext:
     """What a source may call. teacher_x0: guided, or of the student before. student_x0: without gradient. timestep_key:
-    of this step's timesteps. sample_key: of the noise that the student's own samples start from. step: finished
-    updates."""
+    of this step's timesteps. sample_key: of the noise that the student's own samples start from, and by its name of
+    further noise. step: finished updates."""
 
     schedule: Schedule
     config: ConfigDict
@@ -85,13 +86,15 @@ class SourceContext:
 
     def target_solver(self, clean: Latents | None = None) -> Solver:
         """Of the teacher's short step. clean: the clean latents of the states, where there are any."""
-        return SOLVERS[self.config.target_solver].knowing(clean)
+        return SOLVERS[self.config.target_solver].knowing(clean).with_strength(self.config.target_noise)
 
     def teacher_step(self, z: Latents, t_m: Timesteps, t_n: Timesteps, clean: Latents) -> Latents:
         """Psi: from t_m to t_n in ``solver_steps`` guided steps of the target's solver."""
         num_steps, solver = self.config.solver_steps, self.target_solver(clean)
         times = equal_steps(t_m, t_n, num_steps, num_steps + 1)
-        return integrate(self.teacher_x0, self.schedule, z, times, 0, num_steps, target_solver=solver)[1]
+        key = rng.named(self.sample_key, "target_solver")
+        ends = integrate(self.teacher_x0, self.schedule, z, times, 0, num_steps, target_solver=solver, noise_key=key)
+        return ends[1]
 
     def noised(self, draws: Draws, latents: Latents) -> States:
         """States of clean latents that are noised to the drawn timesteps."""
