@@ -25,6 +25,7 @@ from mlcm_jax.errors import UserError
 OF_METHODS = (
     "num_segments",
     "states",
+    "noise_offset",
     "trajectory_solver",
     "timesteps",
     "grid",
@@ -65,6 +66,32 @@ PCM = {
     "distance": "pseudo_huber",
     "adversarial_consistency.weight": 0.1,
 }
+
+# The weight of the adversarial loss rises and that of the squared error falls with fewer segments; a first guess.
+TSCD = (
+    (0.2, {"num_segments": 4}),
+    (0.4, {"num_segments": 2, "consistency.weight": 0.75, "adversarial_consistency.weight": 0.05}),
+    (0.6, {"num_segments": 1, "consistency.weight": 0.5, "adversarial_consistency.weight": 0.1}),
+)
+ONE_STEP = {  # from pure noise alone, as one sampling step starts
+    "states": "streaming",
+    "timesteps": "milestones",
+    "noise_offset": 0.0,
+    "target": "boundary",
+    "consistency.weight": 1.0,
+    "adversarial_consistency.weight": 0.0,
+    "distribution_matching.weight": 1.0,
+}
+HYPER_SD = {
+    "states": "data",
+    "num_segments": 8,
+    "target": "within_segment",
+    "target_network": "ema",
+    "ema_decay": 0.95,
+    "noise_offset": 0.05,
+}
+HYPER_SD_EMOJI = {"adversarial_consistency.learning_rate": 1e-3, "distribution_matching.learning_rate": 5e-4}
+HYPER_SD_SDXL = {"guidance_scale": 7.0, "guidance_scale_max": 8.0, "optim.learning_rate": 1e-6}
 
 METHODS = {
     "mlcm": Method(962, 14_000),  # as in configs/emoji_full.py and configs/sdxl.py:lora
@@ -135,6 +162,15 @@ METHODS = {
             "adversarial.features": "decoder",
         },
         emoji={"adversarial.learning_rate": 1e-3},
+    ),
+    "tscd": Method(1162, 12_000, HYPER_SD, (*TSCD, (0.8, ONE_STEP)), HYPER_SD_EMOJI, HYPER_SD_SDXL),
+    "tscd_reward": Method(
+        1169,
+        12_000,
+        HYPER_SD,
+        (*TSCD, (0.8, {"preference.weight": 1.0}), (0.9, ONE_STEP | {"preference.weight": 0.0})),
+        HYPER_SD_EMOJI | {"preference.weight": 0.0},
+        HYPER_SD_SDXL | {"preference.target": 2.0},  # of ImageReward
     ),
 }
 

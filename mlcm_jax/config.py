@@ -68,6 +68,7 @@ def base() -> ConfigDict:
     # Method
     config.num_segments = 8  # M: the student learns to go to the end of its segment in one step
     config.states = "streaming"  # where training states come from: streaming, mds, data or student
+    config.noise_offset = 0.0  # of noised latents: by how much the mean of the noise of each channel varies
     config.trajectory_solver = "ddim"  # of the teacher's steps from state to state: ddim, dpmpp_2m or addim
     config.timesteps = "uniform"  # of states: uniform in their segment, milestones (its upper boundary), or grid
     config.grid = 0  # segments whose boundaries are the timesteps of "grid", and that the teacher goes through one of
@@ -83,7 +84,8 @@ def base() -> ConfigDict:
     config.guidance_embedding_dim = 0  # width of the student's embedding of w (LCM: 256); 0: it has one w within
     config.empty_prompts = 0.0  # fraction of prompts that the run replaces by none, so that the student can be guided
     config.negative_prompt = ""  # for the teacher's unconditional branch; "": what its pipeline does without one
-    config.target = "boundary"  # where answers are compared: at the segment's lower boundary, or x0
+    config.target = "boundary"  # where answers are compared: at the segment's lower boundary, at a time that is drawn
+    # within_segment (Hyper-SD's), or x0
     config.target_network = "student"  # whose answer is the target: student, or ema (needs ema_decay)
     config.distance = "l2"  # between the two: l2, pseudo_huber, latent_lpips, x0_norm (MCM's) or x0_snr (TRACT's)
     config.latent_lpips = ""  # folder of launch/train_lpips.py, for latent_lpips

@@ -35,12 +35,15 @@ def make_train_step(
     bucket: which of the state's trajectory buffers is used, where there is one for each size of images; None: the one.
     """
     config, losses = context.config, active_losses(context)
+    target_end = TARGETS[config.target].draw_end
 
     def train_step(state: TrainState, frozen: Frozen, batch: Batch):
         if config.teacher_network == "previous":
             state = state.replace(previous_student=_renewed(state, batch))
         batch = with_empty_prompts(batch, frozen)
         states, trajectory_buffer = draw_states(context, state, frozen, batch, latent_shape, bucket)
+        end_key = rng.stream(batch.seed, "ends", state.step)
+        states = states._replace(boundary=target_end(end_key, states.t_n, states.boundary))
         target = jax.lax.stop_gradient(target_answer(context, state, frozen, batch, states))
         examples = Examples(
             z=states.z_m,

@@ -18,6 +18,7 @@ from mlcm_jax.errors import UserError
 CHANGEABLE = (
     "num_segments",
     "states",
+    "noise_offset",
     "timesteps",
     "grid",
     "skip",

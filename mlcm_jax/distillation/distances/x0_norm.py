@@ -25,7 +25,7 @@ def x0_difference(context: DistillationContext, answers: Answers) -> Latents:
     """Of the clean latents, predicted at t, that lead to the two answers: the inverse DDIM step, where they lie at the
     boundary."""
     difference = answers.prediction - answers.target
-    if context.config.target != "boundary":
+    if context.config.target == "x0":
         return difference
     _, x0_weight = ddim_weights(context.schedule, answers.t, answers.boundary)
     return difference / x0_weight

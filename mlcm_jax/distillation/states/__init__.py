@@ -9,7 +9,7 @@ from mlcm_jax.distillation.states.mds import MultistepDenoising
 from mlcm_jax.distillation.states.streaming import Streaming, empty_buffer
 from mlcm_jax.distillation.states.student import Student
 from mlcm_jax.errors import UserError
-from mlcm_jax.rules import check_rules, one_of
+from mlcm_jax.rules import NOT_NEGATIVE, check_rules, one_of
 
 STATE_SOURCES: dict[str, StateSource] = {
     "streaming": Streaming(),
@@ -25,9 +25,14 @@ __all__ = [
 
 def check(config: ConfigDict) -> None:
     """Raise UserError for settings of the source that cannot work."""
-    check_rules(config, {"states": one_of(*STATE_SOURCES)})
+    check_rules(config, {"states": one_of(*STATE_SOURCES), "noise_offset": NOT_NEGATIVE})
     source = STATE_SOURCES[config.states]
     source.check(config)
+    if config.noise_offset and not source.gives_clean:
+        raise UserError(
+            f"config.noise_offset needs states of noised latents, which states={config.states!r} does not give: set it "
+            "to 0."
+        )
     solver = SOLVERS[config.target_solver]
     if (solver.needs_clean or solver.adds_noise) and not source.gives_clean:
         raise UserError(

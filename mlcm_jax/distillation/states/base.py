@@ -4,6 +4,7 @@ the devices, which makes the states."""
 import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Key
@@ -100,8 +101,15 @@ class SourceContext:
         """States of clean latents that are noised to the drawn timesteps."""
         t_m = self.draw_timesteps(self.segment(draws.trajectory_step), draws.num_segments)
         t_n, boundary = self.short_step(draws, t_m)
-        z_m = add_noise(self.schedule, latents, draws.noise, t_m)
+        z_m = add_noise(self.schedule, latents, self._with_offset(draws.noise), t_m)
         return States(z_m, t_m, self.teacher_step(z_m, t_m, t_n, latents), t_n, boundary, latents)
+
+    def _with_offset(self, noise: Latents) -> Latents:
+        """Noise whose mean, of each channel of an example, is moved by ``noise_offset`` times a normal number."""
+        if not self.config.noise_offset:
+            return noise
+        key, (n, *_, channels) = rng.named(self.sample_key, "noise_offset"), noise.shape
+        return noise + self.config.noise_offset * jax.random.normal(key, (n, 1, 1, channels))
 
 
 class StateSource:

@@ -4,10 +4,11 @@ from ml_collections import ConfigDict
 
 from mlcm_jax.distillation.targets.base import Target
 from mlcm_jax.distillation.targets.boundary import BOUNDARY, to_boundary
+from mlcm_jax.distillation.targets.within_segment import WITHIN_SEGMENT
 from mlcm_jax.distillation.targets.x0 import X0, to_x0
 from mlcm_jax.rules import check_rules, needs, one_of
 
-TARGETS: dict[str, Target] = {"boundary": BOUNDARY, "x0": X0}
+TARGETS: dict[str, Target] = {"boundary": BOUNDARY, "within_segment": WITHIN_SEGMENT, "x0": X0}
 
 __all__ = ["TARGETS", "Target", "check", "to_boundary", "to_x0"]
 
