@@ -8,45 +8,46 @@ docs/ablation.md has the command with all that it needs, and figures.
 """
 
 import gc
-import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as in launch/evaluate.py
-
 import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from absl import flags
+from comparison import (
+    STEPS,
+    Measured,
+    Measurer,
+    distil_once,
+    keep_settings,
+    over_seeds,
+    protocol,
+    read_measured,
+    read_seeds,
+)
 from matplotlib.ticker import LogLocator
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from configs.emoji_ablation import ROWS, row_config
 from mlcm_jax.cli import run_main
 from mlcm_jax.errors import UserError
-from mlcm_jax.evaluation.evaluate import Settings, chosen_prompts, load_networks, measure_data
-from mlcm_jax.evaluation.evaluator import Evaluator
 from mlcm_jax.evaluation.provenance import provenance
 from mlcm_jax.evaluation.sampling import Sampler
 from mlcm_jax.evaluation.statistics.bootstrap import Figure
 from mlcm_jax.hub.load import read_json
-from mlcm_jax.hub.pipeline import Pipeline, load_pipeline
 from mlcm_jax.hub.save import write_json
 from mlcm_jax.training.program import build_program
-from mlcm_jax.training.run import describe_teacher, distill
+from mlcm_jax.training.run import describe_teacher
 
-STEPS = (1, 2, 4, 8)
-REFERENCE_STEPS = 25  # of the teacher
-RESAMPLES = 200
 COMPARED_WITH = "streaming"
 METRICS = {  # of launch/evaluate.py: heading, decimals
     "frechet_distance/efficientnet/data": ("Frechet distance to real images, EfficientNet, lower is better", 1),
     "latent_mse": ("Latent distance to the teacher's 25 steps, lower is better", 3),
     "clip_score": ("CLIP score, higher is better", 3),
+    "clip-guard_score": ("CLIP score of a held-out CLIP, higher is better", 3),
     "frechet_distance/clip/baseline": ("Frechet distance to the teacher's 25 steps, lower is better", 2),
     "frechet_distance/clip/data": ("Frechet distance to real images, lower is better", 2),
 }
@@ -77,73 +78,6 @@ def flops_per_example(config: ConfigDict) -> float:
     """Mean over the run's stages: matrix products and convolutions of the steps, with loops counted in full."""
     stages = build_program(config, describe_teacher(config, weights_needed=False)).plan.stages
     return sum((s.end - s.start) * s.flops_per_step for s in stages) / stages[-1].end / config.batch_size
-
-
-def evaluation(guidance_scale: float) -> Settings:
-    """What is measured, in launch/evaluate.py's terms."""
-    return Settings(
-        model=TEACHER.value,
-        baseline=TEACHER.value,
-        steps=[str(n) for n in STEPS],
-        reference_steps=REFERENCE_STEPS,
-        guidance_scale=None,
-        baseline_guidance_scale=guidance_scale,
-        prompts="examples/emoji/prompts/eval.txt",
-        num_images=NUM_IMAGES.value,
-        data=DATA.value,
-        data_matches_prompts=True,
-        scorer="examples/emoji/scorer",
-        scorers=[],
-        features=FEATURES.value,
-        diversity_prompts=0,
-        diversity_seeds=2,
-        resamples=RESAMPLES,
-        seed=0,
-        batch_size=64,
-        dtype="float32",
-    )
-
-
-Measured = dict[str, dict[str, Any]]  # number of steps -> metric -> value and replicates, as JSON has them
-
-
-class Measurer:
-    """Samples with one student after another, and compares with the teacher's samples, which it makes once."""
-
-    def __init__(self, guidance_scale: float):
-        settings = evaluation(guidance_scale)
-        self._prompts, networks = chosen_prompts(settings), load_networks(settings)
-        teacher = load_pipeline(TEACHER.value, dtype=jnp.float32)
-        data = measure_data(settings, networks, teacher.image_size)
-        self._evaluator = Evaluator(settings.protocol, self._prompts, networks, data, tqdm(disable=True))
-        sampler = self._sampler("teacher", teacher, guidance_scale)
-        self._evaluator.measure(sampler, REFERENCE_STEPS, as_reference=True)
-        self.teacher = self._measured(sampler)
-
-    def __call__(self, folder: Path) -> Measured:
-        """Figures of an exported student, whose guidance is in its weights."""
-        return self._measured(self._sampler("student", load_pipeline(folder, dtype=jnp.float32), 1.0))
-
-    def _sampler(self, name: str, pipeline: Pipeline, guidance_scale: float) -> Sampler:
-        return Sampler(pipeline, self._prompts, name=name, guidance_scale=guidance_scale, batch_size=64)
-
-    def _measured(self, sampler: Sampler) -> Measured:
-        rows = {str(n): self._evaluator.measure(sampler, n) for n in STEPS}
-        found = {n: {column.key: figure for column, figure in row.figures.items()} for n, row in rows.items()}
-        return {n: {m: _as_json(figures[m]) for m in METRICS if m in figures} for n, figures in found.items()}
-
-
-def _as_json(figure: Figure) -> dict[str, Any]:
-    return {"value": figure.value, "replicates": [float(f"{r:.6g}") for r in figure.replicates[:RESAMPLES]]}
-
-
-def over_seeds(runs: Mapping[str, Measured], num_steps: int, metric: str) -> Figure:
-    """The mean over seeds. Its replicates resample seeds as well as prompts, the same ones for all rows."""
-    figures = [run[str(num_steps)][metric] for run in runs.values()]
-    replicates, n = np.array([figure["replicates"] for figure in figures]), len(figures)
-    seeds = np.random.default_rng(n).integers(n, size=(RESAMPLES, n))
-    resampled = replicates[seeds, np.arange(RESAMPLES)[:, None]].mean(axis=1)
-    return Figure(float(np.mean([figure["value"] for figure in figures])), resampled)
 
 
 def table(heading: str, rows: Mapping[str, Any], cell) -> str:
@@ -235,39 +169,47 @@ def check(out: Path) -> list[int]:
         raise UserError("The row lcm needs --latents: make the file with launch/encode.py, or give --rows without lcm.")
     if NUM_EXAMPLES.value < 2 * BATCH_SIZE.value:
         raise UserError(f"--num_examples={NUM_EXAMPLES.value} is less than two steps of {BATCH_SIZE.value}: raise it.")
-    if not all(seed.isdigit() for seed in SEEDS.value) or not SEEDS.value:
-        raise UserError(f"--seeds={','.join(SEEDS.value)} is no list of whole numbers: write one like 0,1,2.")
-    names, file = ("teacher", "num_examples", "batch_size", "num_images", "data", "features"), out / "settings.json"
-    settings = {name: flags.FLAGS[name].value for name in names}
-    if file.is_file() and read_json(file) != settings:
-        raise UserError(f"{out} holds figures of other settings: use another --out, or those in {file}.")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(settings, file)
-    return [int(seed) for seed in SEEDS.value]
+    seeds = read_seeds(SEEDS.value)
+    names = ("teacher", "num_examples", "batch_size", "num_images", "data", "features")
+    keep_settings({name: flags.FLAGS[name].value for name in names}, out)
+    return seeds
+
+
+def measurer(guidance_scale: float, out: Path) -> Measurer:
+    settings = protocol(
+        TEACHER.value, guidance_scale, data=DATA.value, features=FEATURES.value, num_images=NUM_IMAGES.value
+    )
+    return Measurer(settings, out / "teacher.npz")
 
 
 def main():
     out = Path(OUT.value)
     seeds = check(out)
-    measure = Measurer(run_config(COMPARED_WITH, seeds[0]).guidance_scale)
-    teacher = {str(seed): measure.teacher for seed in seeds}  # it is the same for each
-    rows: dict[str, Any] = {"teacher": {"title": "teacher", "flops_per_example": None, "runs": teacher}}
+    measure = measurer(run_config(COMPARED_WITH, seeds[0]).guidance_scale, out)
+    teacher = measured(measure, measure.teacher, out / "teacher.json")
+    teachers = {str(seed): teacher for seed in seeds}  # it is the same for each
+    rows: dict[str, Any] = {"teacher": {"title": "teacher", "flops_per_example": None, "runs": teachers}}
     results, text = {"about": provenance() | read_json(out / "settings.json"), "rows": rows}, ""
     for seed in seeds:
         for name in ROW_NAMES.value:
             config, workdir = run_config(name, seed), out / "runs" / f"{name}_{seed}"
-            figures = workdir / "figures.json"
-            if not figures.is_file():
-                print(f"== {name}, seed {seed}", flush=True)
-                distill(config, workdir)
-                write_json(measure(workdir / "export"), figures)
-                jax.clear_caches()  # of steps that no later run takes
-                gc.collect()
+            print(f"== {name}, seed {seed}", flush=True)
+            distil_once(config, workdir)
             if name not in rows:
                 rows[name] = {"title": ROWS[name].title, "flops_per_example": flops_per_example(config), "runs": {}}
-            rows[name]["runs"][str(seed)] = json.loads(figures.read_text())
+            student = partial(measure.student, workdir / "export")
+            rows[name]["runs"][str(seed)] = measured(measure, student, workdir / "figures.json")
             text = report(results, out)
+            jax.clear_caches()  # of steps that no later run takes
+            gc.collect()
     print(text, end="")
+
+
+def measured(measure: Measurer, sampler: Callable[[], Sampler], file: Path) -> Measured:
+    """The figures in ``file``, which are made where they are not there."""
+    if not read_measured(file).keys() >= {str(n) for n in STEPS}:
+        list(measure(sampler(), STEPS, file))
+    return read_measured(file)
 
 
 if __name__ == "__main__":

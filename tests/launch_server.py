@@ -31,6 +31,7 @@ def run_forked(argv: list[str]) -> dict:
 def _run_as_main(argv: list[str]) -> int:
     """The exit status that the interpreter would give to ``python launch/<program>.py arguments``."""
     sys.argv = [f"launch/{argv[0]}.py", *argv[1:]]
+    sys.path.insert(0, os.path.dirname(sys.argv[0]))
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
         status = 0

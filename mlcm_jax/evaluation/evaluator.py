@@ -47,7 +47,8 @@ class EvaluationProtocol(NamedTuple):
 class Evaluator:
     """Measures samplers of the same prompts from the same noise, one after another.
 
-    data: of the real images, where there are some. The reference, where there is one, comes first.
+    data: of the real images, where there are some. The reference, where there is one, comes first, or is given, with
+    what was measured of it.
     """
 
     def __init__(
@@ -57,19 +58,20 @@ class Evaluator:
         networks: Networks,
         data: Measurements | None,
         progress: tqdm,
+        *,
+        reference: tuple[Reference, Measurements] | None = None,
     ):
         self._protocol, self._prompts, self._networks, self._data = protocol, prompts, networks, data
-        self._progress = progress
-        self._reference: Reference | None = None
-        self._reference_measurements: Measurements | None = None
+        self._progress, self.reference = progress, reference
 
     def measure(self, sampler: Sampler, num_steps: int, *, as_reference: bool = False) -> Row:
         """A row of the report; with ``as_reference``, later ones are compared with these samples."""
         self._progress.set_description(f"{sampler.name} {num_steps}")
         batches = self._sampled(sampler, num_steps, seeds=[self._protocol.seed], n=len(self._prompts))
+        samples, reference = self.reference or (None, None)
         if as_reference:
             batches = list(batches)
-            self._reference = Reference.of(batches)
+            samples = Reference.of(batches)
         examples = []
 
         def with_examples() -> Iterator[SampledBatch]:
@@ -77,13 +79,15 @@ class Evaluator:
                 examples.append(batch.images[: max(0, NUM_EXAMPLES - batch.indices.start)])
                 yield batch
 
-        measured = self._networks.measure(sampled_inputs(with_examples(), self._prompts, self._reference))
+        measured = self._networks.measure(sampled_inputs(with_examples(), self._prompts, samples))
         if as_reference:
-            self._reference_measurements = measured
+            assert samples
+            reference = measured
+            self.reference = samples, measured
         found = figures(
             measured,
             self._data,
-            self._reference_measurements,
+            reference,
             self._networks,
             data_matches_prompts=self._protocol.data_matches_prompts,
             num_resamples=self._protocol.num_resamples,
