@@ -1,6 +1,7 @@
 """The grids and plots that a run leaves behind."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -19,9 +20,7 @@ def labelled_grid(
     columns: Mapping[str, UInt8[np.ndarray, "n H W 3"]], *, blocks: int = 1
 ) -> UInt8[np.ndarray, "H W 3"]:
     """A row for each image, a column for each label; the rows are set in ``blocks`` side by side."""
-    names, images = list(columns), np.stack(list(columns.values()), axis=1)
-    zoom = max(1, 96 // images.shape[2])
-    images = images.repeat(zoom, axis=2).repeat(zoom, axis=3)
+    names, images = list(columns), _zoomed(np.stack(list(columns.values()), axis=1))
     n, count, height, width, _ = images.shape
     rows, gap, header = -(-n // blocks), 4, 28
     block_width = count * (width + gap) + 4 * gap
@@ -35,6 +34,27 @@ def labelled_grid(
             if row == 0:
                 draw.text((x + 2, 2), name.replace(" ", "\n", 1), fill="black")
     return np.asarray(canvas)
+
+
+def labelled_rows(rows: Mapping[str, UInt8[np.ndarray, "n H W 3"]]) -> UInt8[np.ndarray, "H W 3"]:
+    """A row of images for each label, which stands on its left."""
+    images = _zoomed(np.stack(list(rows.values())))
+    _, n, height, width, _ = images.shape
+    gap, margin = 4, 110
+    canvas = Image.new("RGB", (margin + n * (width + gap), len(rows) * (height + gap)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for row, label in enumerate(rows):
+        draw.text((2, row * (height + gap) + height // 2 - 12), label.replace(" ", "\n", 1), fill="black")
+        for column in range(n):
+            place = margin + column * (width + gap), row * (height + gap)
+            canvas.paste(Image.fromarray(images[row, column]), place)
+    return np.asarray(canvas)
+
+
+def _zoomed(images: UInt8[np.ndarray, "a b H W 3"]) -> UInt8[np.ndarray, "a b H W 3"]:
+    """Small images repeated to a size that can be seen."""
+    zoom = max(1, 96 // images.shape[2])
+    return images.repeat(zoom, axis=2).repeat(zoom, axis=3)
 
 
 def plot_loss(metrics: Sequence[Mapping[str, float]], path: epath.PathLike) -> None:
@@ -63,11 +83,15 @@ def plot_closeness(panels: Mapping[str, Mapping[str, Mapping[int, float]]], path
 
 
 def plot_against_steps(
-    panels: Mapping[str, Mapping[str, Mapping[int, tuple[float, float, float]]]], path: epath.PathLike
+    panels: Mapping[str, Mapping[str, Mapping[int, tuple[float, float, float]]]],
+    path: epath.PathLike,
+    *,
+    logarithmic: Collection[str] = (),
 ) -> None:
     """Figures against the number of sampling steps, a panel each, four panels a row.
 
-    panels: name of the figure -> sampler -> number of steps -> value and both ends of its interval.
+    panels: name of the figure -> sampler -> number of steps -> value and both ends of its interval. logarithmic: names
+    of those whose values are positive and of different magnitudes.
     """
     columns = min(len(panels), 4)
     rows, size = -(-len(panels) // columns), (6 if len(panels) < 4 else 4.2)
@@ -77,13 +101,17 @@ def plot_against_steps(
     for axes in all_axes.flat[len(panels) :]:
         axes.remove()
     for axes, (name, curves) in zip(all_axes.flat, panels.items(), strict=False):
-        for (label, values), style in zip(curves.items(), ("o-", "s--"), strict=False):
+        for (label, values), style in zip(curves.items(), itertools.cycle(("o-", "s--"))):
             value, low, high = np.array(list(values.values())).T
             errors = np.maximum([value - low, high - value], 0)
             axes.errorbar(list(values), value, errors, fmt=style, capsize=3, label=label)
         ticks = sorted({n for values in curves.values() for n in values})
         bottom = min(0, *(low for values in curves.values() for _, low, _ in values.values()))
-        axes.set(xlabel="sampling steps", ylabel=name, ylim=(bottom, None))
+        axes.set(xlabel="sampling steps", ylabel=name)
+        if name in logarithmic:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom, None)
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, labels=[str(n) for n in ticks])
         axes.legend()

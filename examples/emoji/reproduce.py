@@ -2,8 +2,8 @@
 
 Data, students, evaluations, tables between their markers, and images, each a part of its own. Run again, it goes on
 where it stopped: a part whose results are there is left as it is (delete them to repeat it). --dry_run prints the
-commands. Needs `pip install -e .[emoji,judge]`, npm, and some 10 hours of 2 CPU cores, most of them
-for the ablation (--skip=ablation); the teacher is taken as it is.
+commands. Needs `pip install -e .[emoji,judge]`, npm, and some 20 hours of 2 CPU cores, most of them for the ablation
+and the comparison of methods (--skip=ablation,methods); the teacher is taken as it is.
 """
 
 import dataclasses
@@ -148,11 +148,15 @@ def lcm_parts(out: Path) -> list[Part]:
     ]
 
 
-def ablation_parts(out: Path) -> list[Part]:
-    """The rows of docs/ablation.md."""
-    command = ["benchmarks/ablation.py", f"--data={out / 'real.npy'}", f"--latents={out / 'latents.safetensors'}"]
-    command += [features(out), f"--out={out / 'ablation'}"]
-    return [Part("ablation", [out / "ablation" / "done"], [command, lambda: (out / "ablation" / "done").touch()])]
+def benchmark_parts(out: Path) -> list[Part]:
+    """The rows of docs/ablation.md, and the methods of docs/methods.md, which its program writes there."""
+    return [_benchmark(out, "ablation"), _benchmark(out, "methods", "--docs")]
+
+
+def _benchmark(out: Path, name: str, *settings: str) -> Part:
+    command = [f"benchmarks/{name}.py", f"--data={out / 'real.npy'}", f"--latents={out / 'latents.safetensors'}"]
+    done = out / name / "done"
+    return Part(name, [done], [[*command, features(out), f"--out={out / name}", *settings], lambda: done.touch()])
 
 
 def report_parts(out: Path) -> list[Part]:
@@ -174,7 +178,7 @@ def all_parts(out: Path) -> list[Part]:
     """Every part, in order."""
     return [
         part
-        for make in (data_parts, default_parts, full_parts, lcm_parts, ablation_parts, report_parts)
+        for make in (data_parts, default_parts, full_parts, lcm_parts, benchmark_parts, report_parts)
         for part in make(out)
     ]
 

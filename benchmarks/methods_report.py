@@ -1,0 +1,129 @@
+"""What benchmarks/methods.py writes: results.json, tables, a figure and grids, of what there is so far."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from comparison import REFERENCE_STEPS, Measured, over_seeds, read_measured
+from methods_tasks import TEACHER_NAME, Benchmark, image_file, plan_file, run_folder
+
+from examples.emoji.results_tables import FRECHET, TEXT, provenance, replace_block, table
+from mlcm_jax.evaluation.statistics.bootstrap import Figure
+from mlcm_jax.hub.load import read_json
+from mlcm_jax.hub.save import write_json
+from mlcm_jax.images import open_image, write_image
+from mlcm_jax.outputs import atomic_write
+from mlcm_jax.plots import labelled_rows, plot_against_steps
+
+COLUMNS = (FRECHET, *TEXT)
+LOGARITHMIC = {"latent distance"}
+GRID_STEPS, GRID_IMAGES = (4, 1), 12
+DOCS, MARKER = "docs/methods.md", "equal work"
+
+
+def write_report(
+    benchmark: Benchmark,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    failed: Mapping[str, str],
+    unfinished: Sequence[str],
+) -> str:
+    """Write results.json and methods.md; returns the tables. failed: why, by task. unfinished: names of tasks."""
+    runs = read_runs(methods, seeds, out)
+    plans = {name: read_json(plan_file(out, name)) for name in methods if plan_file(out, name).is_file()}
+    rows = [row for name, measured in runs.items() for row in rows_of(name, measured)]
+    about = out / TEACHER_NAME / "about.json"
+    results = (read_json(about) if about.is_file() else {}) | {"settings": read_json(out / "settings.json")}
+    results |= {"methods": plans, "failed": dict(failed), "unfinished": list(unfinished), "rows": rows}
+    write_json(results, out / "results.json")
+    text = markdown(results, list(runs), benchmark.steps)
+    with atomic_write(out / "methods.md") as f:
+        f.write(text.encode())
+    return text
+
+
+def write_pictures(methods: Sequence[str], seeds: Sequence[int], out: Path) -> None:
+    """Write the figure, of results.json, and the grids, of the first seed."""
+    rows = read_json(out / "results.json")["rows"]
+    plot_against_steps(dict(panels(rows)), out / "methods.png", logarithmic=LOGARITHMIC)
+    for num_steps in GRID_STEPS:
+        _write_grid([TEACHER_NAME, *methods], seeds[0], num_steps, out)
+
+
+def read_runs(methods: Sequence[str], seeds: Sequence[int], out: Path) -> dict[str, dict[str, Measured]]:
+    """Figures of each seed's run, by method, of those that have some; the teacher first, whose run is every seed's."""
+    teacher = read_measured(out / TEACHER_NAME / "figures.json")
+    found = {TEACHER_NAME: {str(seed): teacher for seed in seeds}}
+    found |= {
+        name: {str(seed): read_measured(run_folder(out, name, seed) / "figures.json") for seed in seeds}
+        for name in methods
+    }
+    measured = {name: {seed: run for seed, run in runs.items() if run} for name, runs in found.items()}
+    return {name: runs for name, runs in measured.items() if runs}
+
+
+def rows_of(name: str, runs: Mapping[str, Measured]) -> Iterator[dict[str, Any]]:
+    """Rows as results.json of launch/evaluate.py has them: at each number of steps, the mean over seeds."""
+    counts = {int(n) for run in runs.values() for n in run}
+    for n in sorted(counts, reverse=True):
+        there = {seed: run for seed, run in runs.items() if str(n) in run}
+        keys = next(iter(there.values()))[str(n)]
+        figures = {key: _json(over_seeds(there, n, key), there, n, key) for key in keys}
+        yield {"sampler": name, "steps": n, "seeds": list(there), "figures": figures}
+
+
+def _json(figure: Figure, runs: Mapping[str, Measured], num_steps: int, key: str) -> dict[str, Any]:
+    by_seed = {seed: run[str(num_steps)][key]["value"] for seed, run in runs.items()}
+    return {"value": figure.value, "interval": list(figure.interval), "by_seed": by_seed}
+
+
+def markdown(results: Mapping[str, Any], names: Sequence[str], steps: Sequence[int]) -> str:
+    """The work of each method, then the figures, the methods at equal numbers of steps below one another."""
+    rows = results["rows"]
+    ordered = [row for n in (REFERENCE_STEPS, *sorted(steps, reverse=True)) for row in rows if row["steps"] == n]
+    lines = ["| method | training steps | examples a step | TFLOP | seeds |", "|---|---|---|---|---|"]
+    for name, plan in results["methods"].items():
+        seeds = max((len(row["seeds"]) for row in rows if row["sampler"] == name), default=0)
+        starts = "".join(f", stage from {start}" for start in plan["starts"][1:])
+        lines.append(f"| {name} | {plan['num_steps']}{starts} | {plan['batch_size']} | {plan['tflop']:.4g} | {seeds} |")
+    parts = ["\n".join(lines), table([(row["sampler"], row) for row in ordered], COLUMNS)]
+    parts += [f"- Failed: {name}: {reason}" for name, reason in results["failed"].items()]
+    parts += [f"- Not finished: {', '.join(results['unfinished'])}."] if results["unfinished"] else []
+    parts += [provenance(results)] if "hardware" in results else []
+    return "\n\n".join(parts) + "\n"
+
+
+def panels(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, dict[int, tuple[float, float, float]]]]]:
+    """What ``plot_against_steps`` takes: a panel for each figure that was measured, a line for each method."""
+    for column in COLUMNS:
+        curves: dict[str, dict[int, tuple[float, float, float]]] = {}
+        for row in reversed(rows):
+            figure = row["figures"].get(column.key)
+            if figure and (figure["value"] > 0 or column.title not in LOGARITHMIC):
+                curves.setdefault(row["sampler"], {})[row["steps"]] = (figure["value"], *figure["interval"])
+        if curves:
+            yield column.title, dict(reversed(curves.items()))
+
+
+def _write_grid(names: Sequence[str], seed: int, num_steps: int, out: Path) -> None:
+    """A row for each method: the first prompts at a number of steps, below the teacher's reference sample."""
+    teacher, steps = out / TEACHER_NAME, f"{num_steps} step{'s' * (num_steps > 1)}"
+    files = {f"{TEACHER_NAME}, {REFERENCE_STEPS} steps": image_file(teacher, REFERENCE_STEPS)}
+    for name in names:
+        folder = teacher if name == TEACHER_NAME else run_folder(out, name, seed)
+        files[f"{name}, {steps}"] = image_file(folder, num_steps)
+    found = {label: np.load(file)[:GRID_IMAGES] for label, file in files.items() if file.is_file()}
+    if len(found) > 1:
+        write_image(labelled_rows(found), out / f"methods_grid_{num_steps}.png")
+
+
+def put_into_docs(out: Path, root: Path) -> None:
+    """Put the tables between their markers, and the figure and the grids beside them, in 256 colours to be small."""
+    page, links = root / DOCS, []
+    for file in [out / "methods.png", *sorted(out.glob("methods_grid_*.png"), reverse=True)]:
+        open_image(file).quantize(256).save(page.with_name(file.name), optimize=True)
+        links.append(f"![{file.stem.replace('_', ' ')}]({file.name})")
+    content = "\n\n".join([(out / "methods.md").read_text().rstrip(), *links])
+    page.write_text(replace_block(page.read_text(encoding="utf-8"), MARKER, content, DOCS), encoding="utf-8")
