@@ -109,7 +109,7 @@ def test_parts_whose_results_are_there_are_done(tmp_path):
 
 
 def test_an_unknown_part_is_refused(tmp_path):
-    assert_one_sentence(reproduce(f"--out={tmp_path}", "--parts=teacher"), "'teacher'", "default_student")
+    assert_one_sentence(reproduce(f"--out={tmp_path}", "--parts=teacher"), "'teacher'", "--dry_run")
 
 
 @pytest.mark.slow
