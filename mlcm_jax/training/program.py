@@ -147,13 +147,17 @@ def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> P
         step = make_train_step(context, stage_optimizer(stages), latent_shapes[bucket], own)
         return sharding.traced_on(mesh, step)
 
-    compiled, programs = {}, []
+    steps, programs = {}, []
     for stage, bucket in itertools.product(stages, range(len(sizes))):
         batch = batch_shapes(stage, architecture, conditioning, latents[bucket], replicated, networks)
-        jitted = jax.jit(make_step(stage, bucket), donate_argnums=0, out_shardings=placed)
+        key = (stage.program_key(), bucket)
+        if key not in steps:
+            step = jax.jit(make_step(stage, bucket), donate_argnums=0, out_shardings=placed)
+            # A step that is counted itself is traced for that and compiled from the same trace.
+            steps[key] = step, step if _counts_itself(config, mesh) else jax.jit(make_step(stage, bucket, counted=True))
+        step, counted = steps[key]
         trips = source_of(stage).average_loop_trips(stage.config)
-        flops = count_flops(make_step(stage, bucket, counted=True), state, frozen, batch, while_trips=trips)
-        step = compiled.setdefault((stage.program_key(), bucket), jitted)
+        flops = count_flops(counted, state, frozen, batch, while_trips=trips)
         programs.append(StageProgram(stage, step, batch, flops))
     return Program(
         stages=tuple(programs),
@@ -173,6 +177,11 @@ def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> P
 def attention_backend(config: ConfigDict, mesh: Mesh) -> AttentionBackend:
     """What computes the UNet's attention on the devices of a mesh; raises UserError where they cannot."""
     return AttentionBackend(config.attention, mesh.devices.flat[0].platform, mesh)
+
+
+def _counts_itself(config: ConfigDict, mesh: Mesh) -> bool:
+    """Whether the step as it is compiled holds each of its products once, where they can be counted."""
+    return not config.remat and (config.attention == "xla" or mesh.devices.flat[0].platform == "cpu")
 
 
 def _student(config: ConfigDict, architecture: Pipeline, mesh: Mesh, *, counted: bool = False) -> UNet2DConditionModel:
