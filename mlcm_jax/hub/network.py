@@ -1,6 +1,7 @@
 """One network of a diffusers folder: the module that its config.json describes, and its weights."""
 
 import dataclasses
+import functools
 import importlib
 import re
 from collections.abc import Callable, Mapping
@@ -125,6 +126,15 @@ def network_shapes(module: nn.Module, config: Mapping[str, Any]) -> Params:
 
 def parameter_shapes(module: nn.Module, *inputs: Any) -> Params:
     """Shapes of a module's parameters, a tree of ShapeDtypeStructs; ``inputs`` are what its ``__call__`` takes."""
+    leaves, structure = jax.tree.flatten(inputs)
+    shapes = _traced_shapes(module, structure, tuple((jnp.shape(a), jnp.result_type(a)) for a in leaves))
+    return jax.tree.map(lambda a: a, shapes)  # the dicts are the caller's
+
+
+@functools.lru_cache(maxsize=32)
+def _traced_shapes(module: nn.Module, structure: Any, leaves: tuple) -> Params:
+    """A run asks for those of its teacher three times: to plan, to load and to export; tracing one takes seconds."""
+    inputs = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
     return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
 
 
