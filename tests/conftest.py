@@ -20,6 +20,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mlcm_jax_xla_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing that a test reads is elsewhere
+# What is tested is computed once or twice: quick compiling counts. Read when jax is imported, by programs, too.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.pop("PYTHONPATH", None)  # for programs that tests start: the install alone has to find what they import
 
 import hypothesis
@@ -61,6 +64,14 @@ def strict_arrays():
         yield
 
 
+@pytest.fixture(scope="module")
+def quick_programs():
+    """For tests whose programs run for longer than they compile."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 # tiny_models imports torch and diffusers, which most tests do without: only a test that asks for a folder waits.
 
 
@@ -91,7 +102,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="session")
 def launch():
     """launch(program, *args) -> {"status", "stdout", "stderr"} of a process of its own."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # some sample with real models
     env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
     command = [sys.executable, "tests/launch_server.py"]
     server = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -114,14 +125,6 @@ def efficientnet_folder(launch, tmp_path_factory):
     result = launch("convert_efficientnet", f"--out={folder}")
     assert result["status"] == 0, result["stderr"]
     return folder
-
-
-@pytest.fixture
-def quick_compiles():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

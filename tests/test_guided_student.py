@@ -104,7 +104,6 @@ def test_such_a_student_is_no_teacher(folder):
         build_program(settings(), read_architecture(folder), jax.devices()[:1])
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_it_starts_as_the_teacher_and_learns_what_it_is_conditioning(teacher_folder):
     """Its state has the embedding's projection, at 0; the gradient of the first step reaches it."""
     config = settings(guidance_embedding_dim=16)

@@ -124,7 +124,6 @@ def test_a_full_students_fake_score_is_a_whole_denoiser(convolutional):
     assert set(state.critics) == {"distribution_matching", "adversarial"}, "a reward model is no critic"
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_a_step_with_all_losses_trains_student_and_critics(convolutional):
     program = build_program(all_losses("lora"), convolutional, jax.devices()[:1])
     (stage,) = program.stages
@@ -204,7 +203,6 @@ def test_preference_forms():
     np.testing.assert_allclose(FORMS["refl"](scores, None, 2.0), [1.5e-3, 0.0])
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_preference_raises_the_score_and_never_learns_from_the_held_out_model():
     vae = load_network(TEACHER / "vae", "AutoencoderKL")
     config = settings()

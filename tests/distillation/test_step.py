@@ -200,7 +200,6 @@ def run_steps(architecture, config, num_devices, num_steps):
     return program, losses, before[1], state
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_full_training_is_the_same_on_every_mesh(architecture):
     config = settings(num_segments=2, ema_decay=0.9)
     results = {}
@@ -223,7 +222,6 @@ def test_full_training_is_the_same_on_every_mesh(architecture):
             assert array.sharding.is_equivalent_to(planned.sharding, array.ndim)
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_a_lora_starts_as_the_teacher_and_trains_beside_it(architecture):
     config = settings(num_segments=2, trainable="lora")
     config.lora.update({"rank": 4, "alpha": 8.0, "targets": (r"/to_(q|k|v|out_0)$", r"/conv[12]$")})

@@ -23,6 +23,7 @@ from mlcm_jax.sampling.decode import decode, encode
 from mlcm_jax.sampling.sample import latent_distance
 
 EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
+pytestmark = pytest.mark.usefixtures("quick_programs")
 N = 48
 NUM_EXPLOITED = 24
 
@@ -33,7 +34,7 @@ def prompts():
 
 
 @pytest.fixture(scope="module")
-def samples(prompts):
+def samples(prompts, quick_programs):
     """Images and latents by name: from the same noise with 4 and 6 steps, and from other noise with 4."""
     sampler = Sampler(load_pipeline(EMOJI / "teacher"), prompts, name="model", guidance_scale=1.5, batch_size=N)
     runs = {"few": (4, 0), "more": (6, 0), "other seed": (4, 1)}

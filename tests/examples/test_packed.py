@@ -120,7 +120,6 @@ def small(monkeypatch):
     return denoiser.load_parts(EXAMPLE / "teacher", attention=XLA), config
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_a_training_in_small(small, tmp_path: Path):
     pipeline, config = small
     config.steps_per_call = 1  # the next test has two
@@ -144,7 +143,6 @@ def test_the_last_minutes_weights_are_kept(tmp_path: Path):
         np.testing.assert_array_equal(load_file(file)["conv_in.bias"], np.full(3, minute, np.float16))
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_a_signal_ends_it_with_weights(small, tmp_path: Path, monkeypatch):
     def finished(self, state, *_, last=False):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -34,7 +34,6 @@ def arrays_of_the_whole_batch(hlo, tensor):
 JUDGED = {"scorer": "clip=examples/emoji/scorer", "weight": 1.0}
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize(
     ("fsdp", "tensor", "preference"),
     [

@@ -92,7 +92,6 @@ def loss_and_gradient(dtype, prediction_type):
     return lambda rounded: jitted(rounded, state, frozen)
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_a_bfloat16_step_is_the_float32_step_but_for_roundings_inside_the_network(prediction_type):
     """From pure noise with w = 8, where a rounding of the output counts ten times in the guided x0."""
