@@ -1,19 +1,16 @@
 """launch/*.py in processes of their own, on a tiny teacher, for tests of what runs do."""
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
+from forked_programs import Started
 from PIL import Image
 
 from mlcm_jax.training.metrics import read_metrics
 
-ROOT = Path(__file__).parents[1]
 PROMPT = "red heart"
 TIMEOUT = 1500  # seconds; of a machine that is busy with other tests
 
@@ -25,16 +22,9 @@ class Programs:
         self.folder, self.teacher = folder, teacher
         (folder / "prompts.txt").write_text("red heart\nblue star\ngreen leaf\nyellow sun\nblack cat\n")
         (folder / "grid.txt").write_text(PROMPT + "\n")
-        self.env = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "HF_HUB_OFFLINE": "1",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        }
 
-    def start(self, program: str, *args: str, devices: int = 1) -> subprocess.Popen:
-        command = [sys.executable, f"launch/{program}.py", *args]
-        env = self.env | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def start(self, program: str, *args: str, devices: int = 1) -> Started:
+        return Started(f"launch/{program}.py", args, {}, self.folder, devices)
 
     def run(self, program: str, *args: str, devices: int = 1) -> tuple[str, str]:
         process = self.start(program, *args, devices=devices)
@@ -45,7 +35,7 @@ class Programs:
         assert process.returncode == 0, err[-3000:]
         return out, err
 
-    def start_together(self, program: str, *args: str, processes: int, devices: int) -> list[subprocess.Popen]:
+    def start_together(self, program: str, *args: str, processes: int, devices: int) -> list[Started]:
         """Several processes of one run, with ``devices`` each."""
         joined = (f"--coordinator_address={free_address()}", f"--num_processes={processes}", "--heartbeat_timeout=15")
         return [self.start(program, *args, *joined, f"--process_id={i}", devices=devices) for i in range(processes)]
@@ -82,9 +72,7 @@ def free_address() -> str:
         return f"localhost:{free.getsockname()[1]}"
 
 
-def signal_after(
-    process: subprocess.Popen, metrics: Path, step: int, number: signal.Signals, to: subprocess.Popen | None = None
-) -> None:
+def signal_after(process: Started, metrics: Path, step: int, number: signal.Signals, to: Started | None = None) -> None:
     """Send a signal as soon as the run has written the metrics of ``step`` and a checkpoint; to: its peer instead."""
     deadline = time.monotonic() + TIMEOUT
     # On a busy machine steps overtake the checkpoint that is written beside them.

@@ -1,13 +1,7 @@
-"""configs/eval_coco5k.py reaches launch/evaluate.py, and the command line goes before it; in real processes."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""configs/eval_coco5k.py reaches launch/evaluate.py, and the command line goes before it."""
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
 UNKNOWN_ENTRY = "from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({'num_photos': 3})\n"
 
 
@@ -19,15 +13,13 @@ UNKNOWN_ENTRY = "from ml_collections import ConfigDict\n\ndef get_config():\n   
         (["--config=configs/nothing.py"], "--config=configs/nothing.py is not a configuration file"),
     ],
 )
-def test_config_of_an_evaluation(args, message, tmp_path):
+def test_config_of_an_evaluation(launch, args, message, tmp_path):
     (tmp_path / "prompts.txt").write_text("a\nb\nc\nd\n")
     (tmp_path / "unknown.py").write_text(UNKNOWN_ENTRY)
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "launch/evaluate.py", "--model=nowhere", *(arg.format(folder=tmp_path) for arg in args)]
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 2, result.stderr
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
-    assert message in result.stderr
+    result = launch("evaluate", "--model=nowhere", *(arg.format(folder=tmp_path) for arg in args))
+    assert result["status"] == 2, result["stderr"]
+    assert result["stderr"].startswith("error: ") and result["stderr"].count("\n") == 1, result["stderr"]
+    assert message in result["stderr"]
 
 
 def test_networks_of_the_config_are_in_the_registries():

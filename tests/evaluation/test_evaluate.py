@@ -1,11 +1,7 @@
 """launch/evaluate.py as a program: a model that is its baseline scores as the baseline does."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +12,6 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 from mlcm_jax.data.real_images import RealImages
 from mlcm_jax.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION |= {"image_size": 16, "patch_size": 8}
 OWN = {"clip_score", "seconds_per_image", "diversity"}
@@ -25,10 +20,16 @@ PIXELS = {f"{metric}/pixels/data" for metric in ("high_frequency_energy", "noise
 SETS = ("frechet_distance", "kernel_distance", "precision", "recall")
 
 
-def evaluate(**flags):
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "launch/evaluate.py", *(f"--{name}={value}" for name, value in flags.items())]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+@pytest.fixture
+def evaluate(launch):
+    """evaluate(flag=value...) -> its stdout."""
+
+    def run(**flags):
+        result = launch("evaluate", *(f"--{name}={value}" for name, value in flags.items()))
+        assert result["status"] == 0, result["stderr"]
+        return result["stdout"]
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +49,13 @@ def inputs(sdxl_folder, tmp_path_factory):
     }
 
 
-def test_a_model_that_is_its_baseline(inputs, tmp_path):
+def test_a_model_that_is_its_baseline(evaluate, inputs, tmp_path):
     """Two full batches and a part of a third; the reference is not among the steps, and is a row all the same."""
     sizes = {"num_images": 8, "batch_size": 3, "steps": "2,1", "reference_steps": 5, "resamples": 20}
     again = f"clip-again={inputs['scorer']}"  # a second one, which is the first
     sizes |= {"features": f"clip={inputs['scorer']},{again}", "scorers": again}
     sizes |= {"guidance_scale": 3, "baseline_guidance_scale": 3, "diversity_prompts": 4, "diversity_seeds": 2}
-    result = evaluate(**inputs, **sizes, data_matches_prompts=True, out=tmp_path / "out")
-    assert result.returncode == 0, result.stderr
+    told = evaluate(**inputs, **sizes, data_matches_prompts=True, out=tmp_path / "out")
 
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert "launch/evaluate.py" in results["command"] and results["hardware"]["cpu"] and results["versions"]["jax"]
@@ -88,16 +88,15 @@ def test_a_model_that_is_its_baseline(inputs, tmp_path):
     assert not PAIRWISE & ratios.keys()
 
     tables = (tmp_path / "out" / "results.md").read_text()
-    assert result.stdout == tables and tables.count("\n## ") + tables.startswith("## ") == 5
+    assert told == tables and tables.count("\n## ") + tables.startswith("## ") == 5
     for image in ("grid.png", "metrics.png"):
         assert np.asarray(Image.open(tmp_path / "out" / image).convert("L")).std() > 1
 
 
-def test_a_model_alone(inputs, tmp_path):
+def test_a_model_alone(evaluate, inputs, tmp_path):
     """Without a baseline and real images only the figures that need neither."""
     alone = {name: inputs[name] for name in ("model", "scorer", "prompts")}
-    result = evaluate(**alone, num_images=4, steps=1, diversity_prompts=0, out=tmp_path / "out")
-    assert result.returncode == 0, result.stderr
+    evaluate(**alone, num_images=4, steps=1, diversity_prompts=0, out=tmp_path / "out")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["reference"] is None
     (row,) = results["rows"]

@@ -9,8 +9,9 @@ from pathlib import Path
 import jax
 import pytest
 from etils import epath
+from forked_programs import ROOT
 from multihost_worker import train
-from programs import ROOT, losses
+from programs import losses
 
 from mlcm_jax.training.checkpoint_files import newest_whole
 

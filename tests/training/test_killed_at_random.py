@@ -102,7 +102,7 @@ def test_twenty_kills_change_nothing(tmp_path):
     whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
 
     def begin(workdir):
-        return start("train", programs.train_args(workdir, **SETTINGS), programs.env, log)
+        return start("launch/train.py", programs.train_args(workdir, **SETTINGS), {}, log)
 
     finish(begin(whole), log)
     killed_often(begin, killed, log, steps=6, seconds=15)

@@ -3,15 +3,12 @@
 A toy network takes the place of the UNet in the quick tests; the slow ones start the real program.
 """
 
-import os
 import re
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from forked_programs import Started
 from multihost_worker import FAILS
 from programs import TIMEOUT, Programs, free_address, losses, saved_steps, signal_after
 from tiny_models import ONE_LEVEL_XL, save_sdxl
@@ -21,7 +18,7 @@ from mlcm_jax.parallel.distributed import EXIT_STATUS
 
 pytestmark = pytest.mark.multihost
 
-TESTS = Path(__file__).parents[1]
+WORKER = "tests/multihost_worker.py"
 FOREVER = 100_000  # steps: on a quick machine a run must not end by itself before it is told to
 LOST = (
     r"^error: {}, so this process ends too: see that one's log, then run the same command in all processes again to go "
@@ -31,15 +28,11 @@ LOST = (
 
 def toys(workdir, num_steps, fsdp=1, processes=1, devices=4):
     """Processes of one run of the toy network, with ``devices`` in all."""
-    flags = f"--xla_force_host_platform_device_count={devices // processes}"
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(TESTS)}
-    command = [sys.executable, str(TESTS / "multihost_worker.py"), str(workdir), str(num_steps), str(fsdp)]
+    args = [workdir, num_steps, fsdp]
     address = free_address()
-    numbered = [[address, str(processes), str(i)] for i in range(processes)] if processes > 1 else [[]]
-    return [
-        subprocess.Popen([*command, *own], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for own in numbered
-    ]
+    numbered = [[address, processes, i] for i in range(processes)] if processes > 1 else [[]]
+    folder = workdir.parent
+    return [Started(WORKER, [*args, *own], {}, folder, devices // processes) for own in numbered]
 
 
 def ended(processes):
@@ -93,7 +86,7 @@ def test_a_run_that_is_killed_stopped_and_resumed_elsewhere_has_the_numbers_of_o
 
 
 def test_a_mistake_in_one_process_is_reported_to_the_other(tmp_path):
-    (status, _, err), (other_status, _, other_err) = ended(toys(tmp_path, FAILS, processes=2))
+    (status, _, err), (other_status, _, other_err) = ended(toys(tmp_path / "run", FAILS, processes=2))
     assert (other_status, other_err.strip().splitlines()[-1]) == (2, "error: A file is missing here.")
     assert status == EXIT_STATUS
     reason = re.escape("Process 1 ended with UserError (A file is missing here.)")
