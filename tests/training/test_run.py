@@ -1,16 +1,23 @@
-"""The programs in real processes: killed and resumed runs, and exports as stock diffusers draws them."""
+"""The programs in processes of their own: killed and resumed runs, and exports as stock diffusers draws them."""
 
 import json
 import shutil
 import signal
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 from programs import PROMPT, Programs, losses, saved_steps, signal_after
 from tiny_models import ONE_LEVEL_XL, save_sdxl
 
+from mlcm_jax.training.checkpoint import read_trained
 from mlcm_jax.training.metrics import read_metrics
+from mlcm_jax.training.program import build_program
+from mlcm_jax.training.resume import read_settings
+from mlcm_jax.training.run import describe_teacher, load_teacher, starting_weights
 
 NUM_STEPS = 12
 STEPS = [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3)), 4]
@@ -175,7 +182,8 @@ def test_steps_are_traced(lora_run):
     assert trace.read_bytes().count(b"jit_train_step") > 0
 
 
-@pytest.mark.parametrize("form", ["lora", "kohya"])
+# diffusers reads the same adapters from both namings: tests/hub/test_lora_file.py::test_kohya
+@pytest.mark.parametrize("form", ["lora", pytest.param("kohya", marks=pytest.mark.slow)])
 def test_diffusers_loads_the_lora_on_the_teacher(programs, lora_run, latents, form):
     import torch
     from diffusers import StableDiffusionXLPipeline, TCDScheduler
@@ -198,6 +206,17 @@ def test_a_single_file_draws_the_same_images(programs, lora_run, latents):
     assert_same_image(ours, programs.sample(lora_run / "export", latents, 4))
 
 
+def test_a_run_starts_from_a_lora_to_the_bit(programs, lora_run):
+    """Its alpha is in what the file holds, and taken out again."""
+    config = read_settings(lora_run)
+    config.lora.start = str(exported(programs, lora_run, "lora"))
+    program = build_program(config, describe_teacher(config, weights_needed=True), jax.devices()[:1])
+    start = starting_weights(program, load_teacher(program, jnp.float32, with_text=False))
+    kept = read_trained(lora_run / "checkpoints", SingleDeviceSharding(jax.devices()[0]))
+    jax.tree.map(np.testing.assert_array_equal, start, kept)
+
+
+@pytest.mark.slow  # the weights that it starts from are those of the test before
 def test_a_run_goes_on_from_a_lora(programs, lora_run, latents):
     """A step of next to nothing leaves it what it was, its alpha included."""
     workdir, lora = programs.folder / "started", exported(programs, lora_run, "lora")
