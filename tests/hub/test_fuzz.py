@@ -5,17 +5,16 @@ The slow tests draw as many as a campaign does, the quick ones a few of the same
 
 import json
 import struct
-import tracemalloc
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from fuzzing import CAMPAIGN, QUICK, SHAPES, TENSORS, VALUES, one_sentence, read_within_bounds, shape_of
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 from small_settings import NETWORK_TABLES, build_network, build_scheduler
-from tiny_models import tiny_tokenizer
 
 from mlcm_jax.diffusion.scheduler_config import SCHEDULERS
 from mlcm_jax.errors import UserError
@@ -23,62 +22,8 @@ from mlcm_jax.hub.adapter_config import METADATA_KEY
 from mlcm_jax.hub.load import load_params
 from mlcm_jax.hub.lora import save_lora
 from mlcm_jax.hub.lora_reader import load_lora
-from mlcm_jax.hub.model_index import read_model_index
 from mlcm_jax.hub.tensor_reader import read_json
-from mlcm_jax.hub.tokenizer import load_tokenizer
 from mlcm_jax.models import lora
-from mlcm_jax.sampling.conditioning import tokenize
-
-
-def shape_of(*sizes):
-    return jax.ShapeDtypeStruct(sizes, jnp.float32)
-
-
-SHAPES = {
-    "conv": {
-        "kernel": jax.ShapeDtypeStruct((3, 3, 2, 4), jnp.float32),
-        "bias": jax.ShapeDtypeStruct((4,), jnp.float32),
-    },
-    "norm": {"scale": jax.ShapeDtypeStruct((4,), jnp.float32)},
-}
-TENSORS = {
-    "conv.weight": np.arange(72, dtype=np.float32).reshape(4, 2, 3, 3),
-    "conv.bias": np.ones(4, np.float16),
-    "norm.weight": np.ones(4, np.float32),
-}
-CAMPAIGN = settings(max_examples=1000, suppress_health_check=list(HealthCheck), derandomize=False)
-QUICK = settings(max_examples=40, suppress_health_check=list(HealthCheck))
-MOST_MEMORY = 2_000_000  # bytes, for files of a few hundred
-
-NUMBERS = st.one_of(st.integers(), st.floats(), st.sampled_from([-1, 0, 1, 2, 8, 2**31, 2**63, 2**64, 10**30]))
-CODES = st.sampled_from(["F32", "F64", "I64", "U8", "BF16"])
-LEAVES = st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=8), CODES)
-
-
-def nested(values):
-    return st.lists(values, max_size=4) | st.dictionaries(st.text(max_size=4), values, max_size=3)
-
-
-VALUES = st.recursive(LEAVES, nested, max_leaves=6)
-
-
-def one_sentence(error):
-    text = str(error)
-    assert text and "\n" not in text and len(text) < 450, text  # of which a folder of tests is a part
-
-
-def read_within_bounds(read):
-    """The result of ``read``, None where it answered with a sentence."""
-    tracemalloc.start()
-    try:
-        return read()
-    except UserError as e:
-        one_sentence(e)
-        return None
-    finally:
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < MOST_MEMORY
 
 
 @st.composite
@@ -199,138 +144,6 @@ def check_lora(folder, shapes, data):
         kernel = shapes[module]["kernel"].shape
         delta = jnp.matmul(factors["down"], factors["up"])
         assert delta.shape == kernel and np.isfinite(delta).all()
-
-
-@st.composite
-def json_files(draw):
-    """model_index.json, an index of shards or PEFT's adapter_config.json, changed."""
-    kind = draw(st.sampled_from(sorted(JSON_FILES)))
-    config = dict(JSON_FILES[kind][0])
-    for _ in range(draw(st.integers(1, 3))):
-        key = draw(st.one_of(st.sampled_from(sorted(config) or ["x"]), st.text(max_size=6)))
-        inner = config.get(key)
-        if isinstance(inner, dict) and draw(st.booleans()):
-            inner = inner | {
-                draw(st.one_of(st.sampled_from(sorted(inner) or ["x"]), st.text(max_size=4))): draw(VALUES)
-            }
-        else:
-            inner = draw(VALUES)
-        config[key] = inner
-    text = draw(st.sampled_from([json.dumps(config), json.dumps(config)[:-1], json.dumps([config]), "\ufeff{}", ""]))
-    return kind, text.encode()
-
-
-def read_index(folder):
-    read_model_index(folder, with_tokenizers=False)
-
-
-def read_shards(folder):
-    load_params(SHAPES, folder)
-
-
-def read_adapter(folder):
-    tree = load_lora(folder / "peft", {"to_q": {"kernel": shape_of(4, 4)}}, dtype=np.float32)
-    assert np.isfinite(tree["to_q"]["up"]).all()
-
-
-SHARD = "model-00001-of-00001.safetensors"
-PARTS = {part: ["diffusers", "UNet2DConditionModel"] for part in ("unet", "vae", "text_encoder", "scheduler")}
-JSON_FILES = {
-    "model_index.json": (
-        {"_class_name": "StableDiffusionPipeline", "tokenizer": ["transformers", "CLIPTokenizer"], **PARTS},
-        read_index,
-    ),
-    "model.safetensors.index.json": ({"metadata": {}, "weight_map": dict.fromkeys(TENSORS, SHARD)}, read_shards),
-    "peft/adapter_config.json": (
-        {
-            "peft_type": "LORA",
-            "r": 2,
-            "lora_alpha": 8,
-            "alpha_pattern": {"to_q": 4},
-            "use_rslora": False,
-            "bias": "none",
-        },
-        read_adapter,
-    ),
-}
-
-
-@pytest.fixture(scope="module")
-def json_folder(tmp_path_factory):
-    """What the JSON files are about."""
-    folder = tmp_path_factory.mktemp("json")
-    for part in PARTS:
-        (folder / part).mkdir()
-    (folder / SHARD).write_bytes(save(TENSORS))
-    (folder / "peft").mkdir()
-    factors = {f"base_model.model.to_q.lora_{f}.weight": np.ones((2, 4) if f == "A" else (4, 2), "f4") for f in "AB"}
-    (folder / "peft" / "adapter_model.safetensors").write_bytes(save(factors))
-    return folder
-
-
-def check_json(folder, kind, text):
-    (folder / kind).write_bytes(text)
-    read_within_bounds(lambda: JSON_FILES[kind][1](folder))
-
-
-@given(case=json_files())
-@QUICK
-@example(case=("model_index.json", b'{"_class_name": ["pipeline", "Mine"]}'))
-@example(case=("model_index.json", b'{"_class_name": {}}'))
-def test_json_files(json_folder, case):
-    check_json(json_folder, *case)
-
-
-@pytest.mark.slow
-@given(case=json_files())
-@CAMPAIGN
-def test_json_files_campaign(json_folder, case):
-    check_json(json_folder, *case)
-
-
-@pytest.fixture(scope="module")
-def tokenizer_files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tiny_tokenizer(folder / "vocabulary").save_pretrained(folder)
-    return folder, {
-        name: json.loads((folder / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json")
-    }
-
-
-def changed(draw, value, depth):
-    """The value with one of its parts, down to a depth, replaced."""
-    if not isinstance(value, dict | list) or not value or depth == 0:
-        return draw(VALUES)
-    key = draw(st.sampled_from(sorted(value)[:40] if isinstance(value, dict) else range(len(value))))
-    inner = changed(draw, value[key], depth - 1)
-    return value | {key: inner} if isinstance(value, dict) else [*value[:key], inner, *value[key + 1 :]]
-
-
-def check_tokenizer(files, draw):
-    folder, contents = files
-    name = draw(st.sampled_from(sorted(contents)))
-    (folder / name).write_text(json.dumps(changed(draw, contents[name], draw(st.integers(1, 3)))))
-    try:
-        tokenizer = load_tokenizer(folder, "CLIPTokenizer")
-        if tokenizer.model_max_length <= 77:  # others do not fit a text encoder, which is said where both are known
-            assert len({len(row) for row in tokenize(tokenizer, ["a cat", ""])}) == 1
-    except UserError as e:
-        one_sentence(e)
-    finally:
-        (folder / name).write_text(json.dumps(contents[name]))
-
-
-@given(data=st.data())
-@QUICK
-def test_tokenizers(tokenizer_files, data):
-    check_tokenizer(tokenizer_files, data.draw)
-
-
-@pytest.mark.slow
-@given(data=st.data())
-@CAMPAIGN
-def test_tokenizers_campaign(tokenizer_files, data):
-    check_tokenizer(tokenizer_files, data.draw)
 
 
 @given(data=safetensors_files())

@@ -274,13 +274,9 @@ def test_a_students_folder_brings_its_sampler(sdxl_folder, tree, tmp_path):
         assert with_loras(pipeline, [place]).scheduler_config == {"_class_name": "TCDScheduler"}
 
 
-def pop_layer(tensors):
-    name = next(k for k in tensors if "transformer_blocks.1." in k and "to_q.lora_A" in k)
-    del tensors[name]
-
-
+QUERY = "unet.mid_block.attentions.0.transformer_blocks.1.attn1.to_q.lora_A.weight"
 SPOILT = {
-    "layer": (pop_layer, "lacks tensors that belong to its others: unet.*transformer_blocks.1.*to_q.lora_A"),
+    "layer": (lambda t: t.pop(QUERY), "lacks tensors that belong to its others: unet.*transformer_blocks.1.*to_q.lora"),
     "other": (lambda t: t.update({"unet.nowhere.lora_A.weight": torch.zeros(4, 4)}), "naming: unet.nowhere"),
     "encoder": (lambda t: t.update({"text_encoder.x.lora_A.weight": torch.zeros(4, 4)}), "naming: text_encoder.x"),
     "shape": (lambda t: t.update({"unet.mid_block.resnets.0.conv1.lora_B.weight": torch.zeros(3, 4, 1, 1)}), "shape"),
@@ -291,8 +287,7 @@ SPOILT = {
 @pytest.mark.parametrize("case", SPOILT)
 def test_spoilt_files(tree, shapes, tmp_path, case):
     change, message = SPOILT[case]
-    file = save_lora(tree, tmp_path)
-    tensors = load_file(file)
+    tensors = load_file(file := save_lora(tree, tmp_path))
     change(tensors)
     save_file(tensors, file)
     with pytest.raises(UserError, match=message):
