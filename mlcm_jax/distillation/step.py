@@ -39,7 +39,7 @@ def make_train_step(
 
     def train_step(state: TrainState, frozen: Frozen, batch: Batch):
         if config.teacher_network == "previous":
-            state = state.replace(previous_student=_renewed(state, batch))
+            state = dataclasses.replace(state, previous_student=_renewed(state, batch))
         batch = with_empty_prompts(batch, frozen)
         states, trajectory_buffer = draw_states(context, state, frozen, batch, latent_shape, bucket)
         end_key = rng.stream(batch.seed, "ends", state.step)

@@ -40,13 +40,13 @@ def head(params, feature, groups=4):
 
 def pcm_losses(student, teacher, heads, batch, unconditional, seed=0):
     """Consistency, the student's adversarial loss and the discriminator's, after the paper and not after this code."""
-    abar, conditioning = np.asarray(SCHEDULE.alphas_cumprod), batch.conditioning
+    abar, conditioning = jnp.asarray(SCHEDULE.alphas_cumprod), batch.conditioning
     segment = np.asarray(batch.trajectory_step) - 1
     t, edge = draw_timesteps(rng.stream(seed, "timesteps", 0), jnp.asarray(segment), 4), EDGES[segment]
     s = np.maximum(np.asarray(t) - 25, edge)
 
     def at(u):
-        return abar[np.asarray(u)].reshape(-1, 1, 1, 1)
+        return abar[jnp.asarray(u)].reshape(-1, 1, 1, 1)
 
     def ddim(z, eps, t, s):
         return at(s) ** 0.5 * (z - (1 - at(t)) ** 0.5 * eps) / at(t) ** 0.5 + (1 - at(s)) ** 0.5 * eps
