@@ -172,7 +172,8 @@ def test_update_ema():
 # --- the real network on one device and on meshes of them
 
 MESHES = {1: (1, 1, 1), 4: (2, 2, 1), 8: (2, 2, 2)}
-RUNS = [(1, 1), (8, 1), (4, 1), (4, 2)]  # devices, microbatches
+ALONE = (1, 1)  # devices, microbatches
+SHARDED = [[(8, 2)], pytest.param([(8, 1), (4, 1), (4, 2)], marks=pytest.mark.slow)]  # all at once; one thing at a time
 
 
 def run_steps(architecture, config, num_devices, num_steps):
@@ -200,19 +201,20 @@ def run_steps(architecture, config, num_devices, num_steps):
     return program, losses, before[1], state
 
 
-def test_full_training_is_the_same_on_every_mesh(architecture):
+@pytest.mark.parametrize("runs", SHARDED, ids=str)
+def test_full_training_is_the_same_on_every_mesh(architecture, runs):
     config = settings(num_segments=2, ema_decay=0.9)
     results = {}
-    for devices, config.microbatches in RUNS:
+    for devices, config.microbatches in (ALONE, *runs):
         results[devices, config.microbatches] = run_steps(
             architecture, config.copy_and_resolve_references(), devices, 3
         )
-    _, losses, start, state = results[1, 1]
+    _, losses, start, state = results[ALONE]
     expected = jax.device_get(state.params)
     assert min(losses) > 1e-5
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), expected, start)
     assert max(jax.tree.leaves(moved)) > 1e-4, "the updates are too small to compare"
-    for run in RUNS[1:]:
+    for run in runs:
         program, sharded_losses, _, sharded = results[run]
         assert program.plan.sharded_fraction > 0.3
         np.testing.assert_allclose(sharded_losses, losses, rtol=1e-4)
