@@ -29,6 +29,7 @@ OF_METHODS = (
     "trajectory_solver",
     "timesteps",
     "grid",
+    "pure_noise",
     "skip",
     "skip_end",
     "solver_steps",
@@ -38,6 +39,7 @@ OF_METHODS = (
     "target",
     "target_network",
     "distance",
+    "sampler",
 )
 
 
@@ -53,6 +55,8 @@ class Method:
     emoji: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sdxl: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+
+RATE = "optim.learning_rate, of the first"  # of a later stage, as a share of the first stage's
 
 # Segments end where the student is taken, and the distance is that of clean latents.
 TO_BOUNDARY = {"num_segments": 8, "target": "boundary", "distance": "x0_norm"}
@@ -93,6 +97,39 @@ HYPER_SD = {
 HYPER_SD_EMOJI = {"adversarial_consistency.learning_rate": 1e-3, "distribution_matching.learning_rate": 5e-4}
 HYPER_SD_SDXL = {"guidance_scale": 7.0, "guidance_scale_max": 8.0, "optim.learning_rate": 1e-6}
 
+# No regression. The student is trained on its own states at 999, 749, 499 and 249, where LCMScheduler asks it.
+DMD2 = {"num_segments": 4, "timesteps": "milestones", "consistency.weight": 0.0, "sampler": "lcm"}
+
+# SDXL-Lightning's stages: 128 steps of the teacher to 32 by the squared difference, then with a discriminator alone, at
+# each number of steps conditional first and then relaxed. The student of the number before is the teacher.
+LIGHTNING = {
+    "num_segments": 32,
+    "timesteps": "milestones",
+    "skip": 1000,
+    "solver_steps": 4,
+    "optim.b1": 0.0,
+    "optim.b2": 0.99,
+}
+RELAXED = {"progressive_adversarial.relaxed": True}
+CONDITIONAL = {
+    "progressive_adversarial.relaxed": False,
+    "progressive_adversarial.weight": 1.0,
+    "consistency.weight": 0.0,
+    "teacher_network": "previous",
+}
+FEWER_STEPS = (
+    (0.2, CONDITIONAL | {"num_segments": 8, RATE: 0.1}),
+    (0.3, RELAXED),
+    (0.4, CONDITIONAL | {"num_segments": 4, "solver_steps": 2}),
+    (0.5, RELAXED),
+    (0.6, CONDITIONAL | {"num_segments": 2}),
+    (0.7, RELAXED),
+    (0.8, CONDITIONAL | {"num_segments": 1}),
+    (0.9, RELAXED),
+)
+LIGHTNING_EMOJI = {"progressive_adversarial.learning_rate": 1e-4}
+LIGHTNING_SDXL = {"optim.learning_rate": 1e-5, "progressive_adversarial.learning_rate": 1e-6, "batch_size": 512}
+
 METHODS = {
     "mlcm": Method(962, 14_000),  # as in configs/emoji_full.py and configs/sdxl.py:lora
     "lcm": Method(
@@ -105,6 +142,7 @@ METHODS = {
             "target_network": "ema",
             "ema_decay": 0.95,
             "distance": "pseudo_huber",
+            "sampler": "lcm",
         },
     ),
     "mcm": Method(
@@ -172,6 +210,41 @@ METHODS = {
         HYPER_SD_EMOJI | {"preference.weight": 0.0},
         HYPER_SD_SDXL | {"preference.target": 2.0},  # of ImageReward
     ),
+    "dmd2": Method(
+        439,
+        20_000,
+        DMD2 | {"states": "simulation", "distribution_matching.weight": 1.0, "distribution_matching.updates": 5},
+        emoji={"optim.learning_rate": 2e-4, "distribution_matching.learning_rate": 5e-4},
+        sdxl={"optim.learning_rate": 5e-7, "distribution_matching.learning_rate": 5e-7, "batch_size": 128},
+    ),
+    "dmd2_data": Method(
+        298,
+        20_000,
+        DMD2
+        | {
+            "states": "simulation_data",
+            "distribution_matching_gan.weight": 1.0,
+            "distribution_matching_gan.updates": 5,
+        },
+        emoji={"optim.learning_rate": 2e-4, "distribution_matching_gan.learning_rate": 5e-4},
+        sdxl={"optim.learning_rate": 5e-7, "distribution_matching_gan.learning_rate": 5e-7, "batch_size": 128},
+    ),
+    "lightning": Method(
+        834,
+        12_000,
+        LIGHTNING | {"states": "data", "pure_noise": True},
+        FEWER_STEPS,
+        emoji=LIGHTNING_EMOJI,
+        sdxl=LIGHTNING_SDXL,
+    ),
+    "lightning_data_free": Method(
+        834,
+        12_000,
+        LIGHTNING | {"states": "streaming"},
+        FEWER_STEPS,
+        emoji=LIGHTNING_EMOJI,
+        sdxl=LIGHTNING_SDXL,
+    ),
 }
 
 
@@ -180,13 +253,22 @@ def put(config: ConfigDict, method: Method, num_steps: int, of_teacher: Mapping[
     plain = base()
     config.update_from_flattened_dict({key: plain[key] for key in OF_METHODS} | dict(method.first))
     config.num_steps = num_steps
-    config.stages = tuple({"start": round(share * num_steps), **changes} for share, changes in method.later)
     config.update_from_flattened_dict(dict(of_teacher))
+    config.stages = tuple(
+        {"start": round(share * num_steps), **_with_rate(changes, config.optim.learning_rate)}
+        for share, changes in method.later
+    )
+
+
+def _with_rate(changes: Mapping[str, Any], first: float) -> dict[str, Any]:
+    """A stage's changes, with its learning rate instead of the share of the first one."""
+    rates = {"optim.learning_rate": first * changes[RATE]} if RATE in changes else {}
+    return {key: value for key, value in changes.items() if key != RATE} | rates
 
 
 def reads_latents(config: ConfigDict) -> bool:
-    """Whether a stage has the states of "data"."""
-    return "data" in (config.states, *(stage.get("states") for stage in config.stages))
+    """Whether a stage needs latents of images."""
+    return bool({"data", "simulation_data"} & {config.states, *(stage.get("states") for stage in config.stages)})
 
 
 def get_config(name: str = "mlcm") -> ConfigDict:

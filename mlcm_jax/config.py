@@ -67,11 +67,12 @@ def base() -> ConfigDict:
 
     # Method
     config.num_segments = 8  # M: the student learns to go to the end of its segment in one step
-    config.states = "streaming"  # where training states come from: streaming, mds, data or student
+    config.states = "streaming"  # where training states come from: streaming, mds, data, student, simulation(_data)
     config.noise_offset = 0.0  # of noised latents: by how much the mean of the noise of each channel varies
     config.trajectory_solver = "ddim"  # of the teacher's steps from state to state: ddim, dpmpp_2m or addim
     config.timesteps = "uniform"  # of states: uniform in their segment, milestones (its upper boundary), or grid
     config.grid = 0  # segments whose boundaries are the timesteps of "grid", and that the teacher goes through one of
+    config.pure_noise = False  # states of noised latents at t = 999 are the noise alone, as where sampling begins
     config.student_steps = 4  # steps that the student samples in for the states of "student"
     config.skip = 20  # timesteps that the teacher moves a state by, to make the target; at most to the segment's end
     config.skip_end = 0  # what skip falls to, exponentially over the first half of the run; 0: it stays
@@ -97,6 +98,8 @@ def base() -> ConfigDict:
     config.lora.start = ""  # file, folder or hub id of a LoRA to start from; "": one that changes nothing
     config.ema_decay = 0.0  # moving average of the trained weights, used for samples and export; 0: none
 
+    config.sampler = "tcd"  # that samples the student, and whose scheduler is exported: tcd, or lcm, which adds noise
+
     # Losses (distillation/losses); weight 0: not used
     config.consistency = ConfigDict()
     config.consistency.weight = 1.0  # of the distance above
@@ -105,6 +108,13 @@ def base() -> ConfigDict:
     config.distribution_matching.weight = 0.0
     config.distribution_matching.learning_rate = 1e-5  # of the fake score
     config.distribution_matching.updates = 1  # of the fake score, for each of the student
+    config.distribution_matching_gan = ConfigDict()  # the same with a discriminator on the fake score's middle block
+    config.distribution_matching_gan.weight = 0.0
+    config.distribution_matching_gan.learning_rate = 1e-5  # of the fake score and the discriminator
+    config.distribution_matching_gan.updates = 1  # of both, for each of the student
+    config.distribution_matching_gan.adversarial_weight = 5e-3  # of the student's side, beside the matching
+    config.distribution_matching_gan.critic_adversarial_weight = 1e-2  # of the discriminator's, beside the fake score's
+    config.distribution_matching_gan.width = 64  # channels of the discriminator's head
     config.adversarial = ConfigDict()
     config.adversarial.weight = 0.0
     config.adversarial.learning_rate = 1e-4  # of the discriminator's heads
@@ -116,6 +126,12 @@ def base() -> ConfigDict:
     config.adversarial_consistency.learning_rate = 1e-5  # of the discriminator's heads
     config.adversarial_consistency.updates = 1  # of the heads, for each of the student
     config.adversarial_consistency.width = 64  # channels of a head
+    config.progressive_adversarial = ConfigDict()  # between student and teacher at the end of a segment
+    config.progressive_adversarial.weight = 0.0
+    config.progressive_adversarial.learning_rate = 1e-5  # of the discriminator, a copy of the teacher's encoder
+    config.progressive_adversarial.updates = 1  # of the discriminator, for each of the student
+    config.progressive_adversarial.width = 64  # channels of its head
+    config.progressive_adversarial.relaxed = False  # whether it does not see the state that both began at
     config.preference = RunConfig()
     config.preference.weight = 0.0
     config.preference.reward_model = ""  # NAME=FOLDER, see docs/evaluate.md: clip=examples/emoji/scorer

@@ -49,9 +49,10 @@ class DistillationContext:
         variables = student_variables(params, frozen.teacher, self.config)
         return predict_x0_eps(self.schedule, self.student_output(variables, z, t, condition), z, t).x0
 
-    def student_output(self, variables: Params, z: Latents, t: Timesteps, condition: Condition) -> Latents:
-        """The output of the student, or of a network like it, conditioned on its guidance scale or not."""
+    def student_output(self, variables: Params, z: Latents, t: Timesteps, condition: Condition, **options: Any) -> Any:
+        """The output of the student, or of a network like it, conditioned on its guidance scale or not. options:
+        flax's."""
         if not self.config.guidance_embedding_dim:
-            return self.apply(variables, z, t, condition.conditioning)
+            return self.apply(variables, z, t, condition.conditioning, **options)
         embedding = guidance_embedding(condition.guidance_scale, self.config.guidance_embedding_dim)
-        return cast(Apply, self.student_apply)(variables, z, t, condition.conditioning, embedding)
+        return cast(Apply, self.student_apply)(variables, z, t, condition.conditioning, embedding, **options)

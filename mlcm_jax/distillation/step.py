@@ -44,7 +44,9 @@ def make_train_step(
         states, trajectory_buffer = draw_states(context, state, frozen, batch, latent_shape, bucket)
         end_key = rng.stream(batch.seed, "ends", state.step)
         states = states._replace(boundary=target_end(end_key, states.t_n, states.boundary))
-        target = jax.lax.stop_gradient(target_answer(context, state, frozen, batch, states))
+        target = states.z_n
+        if any(loss.reads_target for loss in losses.values()):
+            target = jax.lax.stop_gradient(target_answer(context, state, frozen, batch, states))
         examples = Examples(
             z=states.z_m,
             t=states.t_m,

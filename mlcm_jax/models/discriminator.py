@@ -38,11 +38,38 @@ class DiscriminatorHeads(nn.Module):
 PARTS = {"encoder": ("down_blocks_", "mid_block"), "decoder": ("up_blocks_",)}  # of a UNet: how its blocks' names begin
 
 
+class PairHead(nn.Module):
+    """One logit, positive for real, of two features: twice a 4x4 convolution of stride 2, a norm of 32 groups and SiLU
+    on both side by side, then a mean over places (arXiv 2402.13929, sec. 3.2)."""
+
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, begin: Feature, end: Feature) -> Float[Array, "n 1"]:
+        x = jnp.concatenate([begin, end], axis=-1)
+        for i in range(2):
+            x = Conv(self.width, kernel_size=4, stride=2, padding=1, dtype=self.dtype, name=f"convs_{i}")(x)
+            x = jax.nn.silu(GroupNorm(min(32, self.width // 2), 1e-5, dtype=self.dtype, name=f"norms_{i}")(x))
+        logits = Conv(1, kernel_size=1, padding=0, dtype=self.dtype, name="out")(x)
+        return logits.astype(jnp.float32).mean(axis=(1, 2))
+
+
 def block_features(intermediates: Mapping[str, Any], part: str) -> dict[str, Feature]:
     """What a UNet's blocks of a part returned, from flax's captured intermediates, in the network's order."""
     blocks = [name for start in PARTS[part] for name in sorted(intermediates) if name.startswith(start)]
     outputs = {name: intermediates[name]["__call__"][0] for name in blocks}
     return {name: output[0] if isinstance(output, tuple) else output for name, output in outputs.items()}
+
+
+def bottleneck(intermediates: Mapping[str, Any]) -> dict[str, Feature]:
+    """What a UNet's middle block returned, as ``block_features`` has it."""
+    return {"mid_block": intermediates["mid_block"]["__call__"][0]}
+
+
+def is_bottleneck(module: nn.Module, method: str) -> bool:
+    """Filter for flax's capture_intermediates: the call whose output ``bottleneck`` takes."""
+    return method == "__call__" and module.name == "mid_block" and len(module.path) == 1
 
 
 def is_block(module: nn.Module, method: str, *, part: str) -> bool:

@@ -15,23 +15,34 @@ from mlcm_jax.hub.pipeline import Network, Pipeline, save_pipeline
 from mlcm_jax.hub.save import write_json
 from mlcm_jax.hub.single_file import save_single_file
 from mlcm_jax.models import lora
+from mlcm_jax.rules import check_rules, one_of
 from mlcm_jax.types import Params
 
 FORMATS = ("diffusers", "single_file", "lora", "kohya")
 SINGLE_FILE = "model.safetensors"
+SAMPLERS = {
+    "tcd": {"_class_name": "TCDScheduler"},
+    "lcm": {"_class_name": "LCMScheduler", "clip_sample": False, "timestep_scaling": 10.0},
+}
 NOISE_KEYS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "prediction_type")
 
 
-def student_scheduler_config(teacher_config: dict[str, Any]) -> dict[str, Any]:
-    """The TCDScheduler whose M steps go from boundary to boundary of M segments, on the teacher's noise schedule.
+def check(config: ConfigDict) -> None:
+    """Raise UserError for settings of the export that cannot work."""
+    check_rules(config, {"sampler": one_of(*SAMPLERS)})
 
-    diffusers' TCDScheduler steps over every timestep (original_inference_steps=1000) to the boundaries of
-    distillation/segments.py; its default of 50 would miss them. The pipeline's default eta = 0 keeps it deterministic.
+
+def student_scheduler_config(teacher_config: dict[str, Any], sampler: str = "tcd") -> dict[str, Any]:
+    """The scheduler whose M steps begin where M segments do, on the teacher's noise schedule.
+
+    sampler: "tcd" goes from boundary to boundary; the pipeline's default eta = 0 keeps it deterministic. "lcm" predicts
+    x0 at each boundary and noises it to the next one. diffusers' classes then step over every timestep
+    (original_inference_steps=1000) to the boundaries of distillation/segments.py; their default of 50 would miss them.
     """
     values = read_noise_config(teacher_config)
     noise = {key: values[key] for key in NOISE_KEYS}
     return {
-        "_class_name": "TCDScheduler",
+        **SAMPLERS[sampler],
         "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
         "original_inference_steps": NUM_TRAIN_TIMESTEPS,
         **noise,
@@ -86,7 +97,7 @@ def export(
     """Write the student to ``folder``.
 
     pipeline: the teacher. trained: the run's parameters. dtype: of the written tensors.
-    format: "diffusers", a pipeline folder whose TCDScheduler visits the boundaries of training, or with its
+    format: "diffusers", a pipeline folder whose scheduler visits the boundaries of training, or with its
     config beside it "single_file", model.safetensors in the original names, or
     "lora" and "kohya", pytorch_lora_weights.safetensors in PEFT's or in kohya's naming.
     Raises UserError for another format, and for a LoRA of a run that trained all weights.
@@ -94,7 +105,7 @@ def export(
     if format not in FORMATS:
         raise UserError(f"--format={format} is unknown: use one of {', '.join(FORMATS)}.")
     folder = epath.Path(folder)
-    scheduler_config = student_scheduler_config(pipeline.scheduler_config)
+    scheduler_config = student_scheduler_config(pipeline.scheduler_config, config.sampler)
     if format == "diffusers":
         student = dataclasses.replace(pipeline, unet=student_unet(pipeline.unet, trained, config))
         save_pipeline(student, folder, dtype=dtype, scheduler_config=scheduler_config)

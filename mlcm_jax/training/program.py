@@ -147,7 +147,7 @@ def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> P
         step = make_train_step(context, stage_optimizer(stages), latent_shapes[bucket], own)
         return sharding.traced_on(mesh, step)
 
-    steps, programs = {}, []
+    steps, counts, programs = {}, {}, []
     for stage, bucket in itertools.product(stages, range(len(sizes))):
         batch = batch_shapes(stage, architecture, conditioning, latents[bucket], replicated, networks)
         key = (stage.program_key(), bucket)
@@ -157,8 +157,9 @@ def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> P
             steps[key] = step, step if _counts_itself(config, mesh) else jax.jit(make_step(stage, bucket, counted=True))
         step, counted = steps[key]
         trips = source_of(stage).average_loop_trips(stage.config)
-        flops = count_flops(counted, state, frozen, batch, while_trips=trips)
-        programs.append(StageProgram(stage, step, batch, flops))
+        if (key, trips) not in counts:
+            counts[key, trips] = count_flops(counted, state, frozen, batch, while_trips=trips)
+        programs.append(StageProgram(stage, step, batch, counts[key, trips]))
     return Program(
         stages=tuple(programs),
         state=state,

@@ -6,6 +6,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from mlcm_jax import rng
 from mlcm_jax.diffusion.scheduler_config import NUM_TRAIN_TIMESTEPS
 from mlcm_jax.distillation.state import TrainState, student_variables
 from mlcm_jax.hub.pipeline import Network, Pipeline
@@ -40,6 +41,7 @@ class SampleGrids:
         config, n = program.config, len(texts.sample.pooled)
         self._program, self._pipeline, self._sample = program, pipeline, config.sample
         self._noise = draw_noise(config.seed, n, program.latent_shape)
+        self._fresh_noise = rng.stream(config.seed, "sample_grids", 0)  # of samplers that add some
         self._conditioning = texts.sample
         self._unconditional = jax.tree.map(lambda row: jnp.broadcast_to(row, (n, *row.shape[1:])), texts.unconditional)
         self._reference, self._preview_vae = None, pipeline.vae
@@ -57,7 +59,8 @@ class SampleGrids:
         return self._reference
 
     def student(self, state: TrainState, num_steps: int) -> HostLatents:
-        config, scheduler = self._program.config, student_scheduler_config(self._pipeline.scheduler_config)
+        config = self._program.config
+        scheduler = student_scheduler_config(self._pipeline.scheduler_config, config.sampler)
         variables = student_variables(state.trained, self._pipeline.unet.params, config)
         scale = config.guidance_scale if config.guidance_embedding_dim else 1.0
         return self._latents(student_network(self._pipeline.unet, config), variables, scheduler, scale, num_steps)
@@ -106,5 +109,6 @@ class SampleGrids:
             guidance_scale=guidance_scale,
             num_steps=num_steps,
             variables=variables,
+            rng=self._fresh_noise,
         )
         return host_array(latents)

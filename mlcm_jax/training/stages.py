@@ -21,6 +21,7 @@ CHANGEABLE = (
     "noise_offset",
     "timesteps",
     "grid",
+    "pure_noise",
     "skip",
     "skip_end",
     "solver_steps",

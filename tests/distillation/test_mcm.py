@@ -17,7 +17,7 @@ from mlcm_jax.distillation.context import DistillationContext
 from mlcm_jax.distillation.distances import DISTANCES, Answers
 from mlcm_jax.distillation.segments import annealed_skip, draw_timesteps, segment_boundaries
 from mlcm_jax.distillation.state import Frozen, create
-from mlcm_jax.distillation.states import SourceContext
+from mlcm_jax.distillation.states import Draws, SourceContext
 from mlcm_jax.distillation.step import make_train_step
 from mlcm_jax.distillation.targets import to_boundary
 from mlcm_jax.errors import UserError
@@ -101,7 +101,7 @@ def test_the_true_solution_has_no_loss_but_the_solvers_error(solver):
     def loss(skip):
         config = settings(**MCM | {"target_solver": solver, "skip": skip, "skip_end": 0})
         source = SourceContext(SCHEDULE, config, teacher.x0, teacher.x0, jax.random.key(0), jax.random.key(1))
-        z_n = source.teacher_step(z, t, t - skip, z)
+        z_n = source.teacher_step(Draws(segment, jnp.int32(4), z), z, t, t - skip, z)
         answers = (to_boundary(SCHEDULE, y, true_x0(y, u), u, boundary) for y, u in ((z, t), (z_n, t - skip)))
         context = DistillationContext(None, SCHEDULE, config)
         return DISTANCES["x0_norm"].measure(context, Answers(*answers, t, boundary), {})

@@ -17,7 +17,7 @@ from mlcm_jax.distillation.context import DistillationContext
 from mlcm_jax.distillation.distances import DISTANCES, Answers
 from mlcm_jax.distillation.segments import boundaries, draw_from_grid, segment_boundaries, segment_of
 from mlcm_jax.distillation.state import Frozen, create
-from mlcm_jax.distillation.states import SourceContext
+from mlcm_jax.distillation.states import Draws, SourceContext
 from mlcm_jax.distillation.step import make_train_step
 from mlcm_jax.distillation.targets import to_boundary
 from mlcm_jax.errors import UserError
@@ -119,7 +119,7 @@ def test_true_solutions_have_no_loss():
     source = SourceContext(
         SCHEDULE, settings(**TRACT), true_x0(t_n), true_x0(t_n), *jax.random.split(jax.random.key(0))
     )
-    z_n = source.teacher_step(z, t, t_n, z)
+    z_n = source.teacher_step(Draws(segment, jnp.int32(M), z), z, t, t_n, z)
     target = jnp.where((t_n == boundary)[:, None, None, None], z_n, teacher.flow(z_n, t_n, boundary))
     context = DistillationContext(None, SCHEDULE, settings(**TRACT))
 

@@ -196,6 +196,7 @@ def test_stochastic_tcd_equals_diffusers(monkeypatch, eta):
         {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
         {"clip_sample": True, "clip_sample_range": 0.8},
         {"timestep_scaling": 0.01},
+        {"original_inference_steps": 1000},
     ],
 )
 @pytest.mark.parametrize("num_steps", [1, 4])

@@ -24,14 +24,25 @@ from mlcm_jax.distillation.losses.base import (
 )
 from mlcm_jax.distillation.losses.consistency import Consistency
 from mlcm_jax.distillation.losses.distribution_matching import DistributionMatching
+from mlcm_jax.distillation.losses.distribution_matching_gan import DistributionMatchingGAN
 from mlcm_jax.distillation.losses.preference import Preference
+from mlcm_jax.distillation.losses.progressive_adversarial import ProgressiveAdversarial
 from mlcm_jax.distillation.state import Critic, Frozen
 from mlcm_jax.hub.pipeline import Pipeline
 from mlcm_jax.rules import between, check_rules
 from mlcm_jax.types import Latents, Params
 
 LOSSES: dict[str, type[Loss]] = {
-    loss.name: loss for loss in (Consistency, DistributionMatching, Adversarial, AdversarialConsistency, Preference)
+    loss.name: loss
+    for loss in (
+        Consistency,
+        DistributionMatching,
+        DistributionMatchingGAN,
+        Adversarial,
+        AdversarialConsistency,
+        ProgressiveAdversarial,
+        Preference,
+    )
 }
 
 __all__ = [

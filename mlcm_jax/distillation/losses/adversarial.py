@@ -7,9 +7,13 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from mlcm_jax.distillation.losses.base import LossInputs, renoise
-from mlcm_jax.distillation.losses.feature_critic import FeatureCritic, Logits, discriminator_loss, mean_of_heads
-from mlcm_jax.distillation.states import STATE_SOURCES
-from mlcm_jax.errors import UserError
+from mlcm_jax.distillation.losses.feature_critic import (
+    FeatureCritic,
+    Logits,
+    discriminator_loss,
+    mean_of_heads,
+    require_clean_latents,
+)
 from mlcm_jax.models.discriminator import PARTS
 from mlcm_jax.rules import check_rules, one_of
 from mlcm_jax.types import Latents
@@ -24,12 +28,8 @@ class Adversarial(FeatureCritic):
     def check(cls, config: ConfigDict) -> None:
         super().check(config)
         check_rules(config, {"adversarial.features": one_of(*PARTS)})
-        if cls.is_active(config) and not STATE_SOURCES[config.states].gives_clean:
-            fit = " or ".join(name for name, source in STATE_SOURCES.items() if source.gives_clean)
-            raise UserError(
-                f"config.adversarial needs clean latents to compare with, and states={config.states!r} has none: use "
-                f"{fit}."
-            )
+        if cls.is_active(config):
+            require_clean_latents(config, cls.name)
 
     @property
     def part(self) -> str:

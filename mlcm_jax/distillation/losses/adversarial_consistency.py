@@ -22,6 +22,7 @@ class AdversarialConsistency(FeatureCritic):
     [s, s + 1000 / M), with the same noise (arXiv 2405.18407, sec. 3.3)."""
 
     name: ClassVar[str] = "adversarial_consistency"
+    reads_target: ClassVar[bool] = True
     kernel_size: ClassVar[int] = 1
 
     @classmethod

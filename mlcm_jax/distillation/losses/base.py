@@ -62,13 +62,15 @@ class Loss:
     """A loss on the student, with the name of its settings: config.NAME.weight, and what else it needs.
 
     has_critic: whether ``init_critic`` and ``critic_loss`` are there; the critic is then trained in the same step, with
-    config.NAME.learning_rate and config.NAME.updates. at_every_timestep: whether it ignores losses_min_timestep.
+    config.NAME.learning_rate and config.NAME.updates. reads_target: whether it reads the target, for which a network
+    may have to be called. at_every_timestep: whether it ignores losses_min_timestep.
     stage_settings: keys below config.NAME that may change from stage to stage.
     """
 
     context: DistillationContext
     name: ClassVar[str]
     has_critic: ClassVar[bool] = False
+    reads_target: ClassVar[bool] = False
     at_every_timestep: ClassVar[bool] = False
     stage_settings: ClassVar[tuple[str, ...]] = ("weight",)
 

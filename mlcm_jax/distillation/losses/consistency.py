@@ -9,19 +9,22 @@ from mlcm_jax.distillation import distances
 from mlcm_jax.distillation.distances import DISTANCES, Answers
 from mlcm_jax.distillation.frozen_networks import Load
 from mlcm_jax.distillation.losses.base import Loss, LossInputs
+from mlcm_jax.distillation.states import STATE_SOURCES
 from mlcm_jax.distillation.targets import TARGETS
 from mlcm_jax.hub.pipeline import Pipeline
 
 
 class Consistency(Loss):
-    """Multistep latent consistency distillation (arXiv 2406.05768); always computed, so that it is always reported."""
+    """Multistep latent consistency distillation (arXiv 2406.05768); computed, and so reported, wherever the states have
+    a target."""
 
     name: ClassVar[str] = "consistency"
+    reads_target: ClassVar[bool] = True
     at_every_timestep: ClassVar[bool] = True
 
     @classmethod
     def is_active(cls, config: ConfigDict) -> bool:
-        return True
+        return STATE_SOURCES[config.states].makes_target
 
     @classmethod
     def check(cls, config: ConfigDict) -> None:

@@ -30,8 +30,7 @@ class DistributionMatching(Loss):
     @classmethod
     def check(cls, config: ConfigDict) -> None:
         super().check(config)
-        rules = {"distribution_matching.learning_rate": POSITIVE, "distribution_matching.updates": POSITIVE}
-        check_rules(config, rules)
+        check_rules(config, {f"{cls.name}.learning_rate": POSITIVE, f"{cls.name}.updates": POSITIVE})
 
     def __call__(self, critic, inputs):
         schedule, condition = self.context.schedule, inputs.examples.condition

@@ -10,6 +10,8 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from mlcm_jax.distillation.losses.base import Loss, LossInputs
+from mlcm_jax.distillation.states import STATE_SOURCES
+from mlcm_jax.errors import UserError
 from mlcm_jax.models.discriminator import DiscriminatorHeads, block_features, is_block
 from mlcm_jax.rules import POSITIVE, Rule, check_rules
 from mlcm_jax.types import Latents, Timesteps
@@ -59,6 +61,15 @@ class FeatureCritic(Loss):
             variables, z, t, conditioning, capture_intermediates=wanted, mutable=["intermediates"]
         )
         return block_features(captured["intermediates"], self.part)
+
+
+def require_clean_latents(config: ConfigDict, name: str) -> None:
+    """Raise UserError where the states have no clean latents, which the loss ``name`` takes for real."""
+    if not STATE_SOURCES[config.states].gives_clean:
+        fit = " or ".join(name for name, source in STATE_SOURCES.items() if source.gives_clean)
+        raise UserError(
+            f"config.{name} needs clean latents to compare with, and states={config.states!r} has none: use {fit}."
+        )
 
 
 def discriminator_loss(real: Sequence[Logits], fake: Sequence[Logits]) -> Float[Array, ""]:

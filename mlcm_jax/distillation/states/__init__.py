@@ -6,6 +6,7 @@ from mlcm_jax.diffusion.solvers import SOLVERS
 from mlcm_jax.distillation.states.base import Draws, Placement, SourceContext, States, StateSource
 from mlcm_jax.distillation.states.data import Data
 from mlcm_jax.distillation.states.mds import MultistepDenoising
+from mlcm_jax.distillation.states.simulation import Simulation, SimulationWithData
 from mlcm_jax.distillation.states.streaming import Streaming, empty_buffer
 from mlcm_jax.distillation.states.student import Student
 from mlcm_jax.errors import UserError
@@ -16,6 +17,8 @@ STATE_SOURCES: dict[str, StateSource] = {
     "mds": MultistepDenoising(),
     "data": Data(),
     "student": Student(),
+    "simulation": Simulation(),
+    "simulation_data": SimulationWithData(),
 }
 
 __all__ = [

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from mlcm_jax import rng
 from mlcm_jax.diffusion.parameterization import add_noise
 from mlcm_jax.diffusion.schedule import Schedule
+from mlcm_jax.diffusion.scheduler_config import LAST_TIMESTEP
 from mlcm_jax.diffusion.solvers import SOLVERS, Solver
 from mlcm_jax.distillation import segments
 from mlcm_jax.distillation.trajectory import PredictX0, equal_steps, integrate
@@ -89,11 +90,22 @@ class SourceContext:
         """Of the teacher's short step. clean: the clean latents of the states, where there are any."""
         return SOLVERS[self.config.target_solver].knowing(clean).with_strength(self.config.target_noise)
 
-    def teacher_step(self, z: Latents, t_m: Timesteps, t_n: Timesteps, clean: Latents) -> Latents:
+    def target_times(self, draws: Draws, t_m: Timesteps, t_n: Timesteps) -> Int[Array, "times n"]:
+        """The timesteps of ``solver_steps`` equal steps from t_m to t_n, both included. A student before that goes
+        through a whole segment takes the steps that it was trained on, to a timestep."""
+        num_steps = self.config.solver_steps
+        if self.config.teacher_network == "previous" and self.config.timesteps == "milestones":
+            first = self.segment(draws.trajectory_step) * num_steps
+            steps = [
+                segments.segment_boundaries(first + i, draws.num_segments * num_steps)[0] for i in range(num_steps)
+            ]
+            return jnp.stack([*steps, t_n])
+        return equal_steps(t_m, t_n, num_steps, num_steps + 1)
+
+    def teacher_step(self, draws: Draws, z: Latents, t_m: Timesteps, t_n: Timesteps, clean: Latents) -> Latents:
         """Psi: from t_m to t_n in ``solver_steps`` guided steps of the target's solver."""
         num_steps, solver = self.config.solver_steps, self.target_solver(clean)
-        times = equal_steps(t_m, t_n, num_steps, num_steps + 1)
-        key = rng.named(self.sample_key, "target_solver")
+        times, key = self.target_times(draws, t_m, t_n), rng.named(self.sample_key, "target_solver")
         ends = integrate(self.teacher_x0, self.schedule, z, times, 0, num_steps, target_solver=solver, noise_key=key)
         return ends[1]
 
@@ -101,8 +113,11 @@ class SourceContext:
         """States of clean latents that are noised to the drawn timesteps."""
         t_m = self.draw_timesteps(self.segment(draws.trajectory_step), draws.num_segments)
         t_n, boundary = self.short_step(draws, t_m)
-        z_m = add_noise(self.schedule, latents, self._with_offset(draws.noise), t_m)
-        return States(z_m, t_m, self.teacher_step(z_m, t_m, t_n, latents), t_n, boundary, latents)
+        noise = self._with_offset(draws.noise)
+        z_m = add_noise(self.schedule, latents, noise, t_m)
+        if self.config.pure_noise:
+            z_m = jnp.where((t_m == LAST_TIMESTEP)[:, None, None, None], noise, z_m)
+        return States(z_m, t_m, self.teacher_step(draws, z_m, t_m, t_n, latents), t_n, boundary, latents)
 
     def _with_offset(self, noise: Latents) -> Latents:
         """Noise whose mean, of each channel of an example, is moved by ``noise_offset`` times a normal number."""
@@ -117,12 +132,14 @@ class StateSource:
 
     uses_buffer: whether it keeps a live trajectory for each example. reads_latents: whether the batch must carry clean
     latents of images. gives_clean: whether its states have clean latents, as a discriminator needs them.
-    stage_settings: its settings that may change from stage to stage.
+    makes_target: whether z_n is a step of the teacher's on from z_m; the consistency loss needs it. stage_settings: its
+    settings that may change from stage to stage.
     """
 
     uses_buffer: bool = False
     reads_latents: bool = False
     gives_clean: bool = False
+    makes_target: bool = True
     stage_settings: tuple[str, ...] = ()
 
     def check(self, config: ConfigDict) -> None:

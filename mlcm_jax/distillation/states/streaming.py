@@ -8,7 +8,7 @@ from mlcm_jax.diffusion.scheduler_config import LAST_TIMESTEP
 from mlcm_jax.diffusion.solvers import SOLVERS
 from mlcm_jax.distillation import segments
 from mlcm_jax.distillation.states.base import Draws, Placement, SourceContext, States, StateSource
-from mlcm_jax.distillation.trajectory import equal_steps, integrate
+from mlcm_jax.distillation.trajectory import integrate
 from mlcm_jax.types import TrajectoryBuffer
 
 
@@ -30,8 +30,7 @@ class Streaming(StateSource):
         t_n, boundary = context.short_step(draws, t_m)
         x0 = context.teacher_x0(z_m, t_m)
 
-        num_steps = config.solver_steps
-        times = equal_steps(t_m, t_n, num_steps, num_steps + 1)
+        num_steps, times = config.solver_steps, context.target_times(draws, t_m, t_n)
         short = context.target_solver()
         z_n = short.step(schedule, z_m, x0, x0, t_m, t_m, times[1])
         if num_steps > 1:

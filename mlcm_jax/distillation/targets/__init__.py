@@ -10,7 +10,7 @@ from mlcm_jax.rules import check_rules, needs, one_of
 
 TARGETS: dict[str, Target] = {"boundary": BOUNDARY, "within_segment": WITHIN_SEGMENT, "x0": X0}
 
-__all__ = ["TARGETS", "Target", "check", "to_boundary", "to_x0"]
+__all__ = ["BOUNDARY", "TARGETS", "Target", "check", "to_boundary", "to_x0"]
 
 
 def check(config: ConfigDict) -> None:
