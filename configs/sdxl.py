@@ -6,7 +6,8 @@
     python launch/compile.py --config=configs/sdxl.py --topology=v5e:4x4
 
 Variants: ":lora" (rank 64, as in the paper), ":full" (all 2.57 B weights, sharded over the fsdp axis; the default) or
-":all" (the LoRA through all of the paper's stages; docs/evaluate.md says what DIR has to hold). The other methods of
+":all" (the LoRA through all of the paper's stages; docs/evaluate.md says what DIR has to hold). ":vpred" is ":lora" for
+a fine-tune with v-prediction and zero terminal SNR, NoobAI-XL unless --config.teacher names another. The methods of
 configs/methods.py, such as ":lcm", train a LoRA with their papers' settings (docs/methods.md); states of "data" need
 --config.latents=FILE of launch/encode.py.
 Hardware: a TPU v5e 4x4 slice or larger; memory of a step: docs/scale.md. Not run at this size.
@@ -26,7 +27,7 @@ from configs.methods import METHODS, put, reads_latents
 from mlcm_jax.config import base
 from mlcm_jax.errors import UserError
 
-VARIANTS = ("full", "lora", "all", *METHODS)
+VARIANTS = ("full", "lora", "all", "vpred", *METHODS)
 
 
 def get_config(variant: str = "full") -> ConfigDict:
@@ -66,6 +67,10 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.optim.learning_rate = 1e-5 if variant == "full" else 1e-4
     config.mesh.data, config.mesh.fsdp = 1, -1
     config.sample.prompts = "examples/prompts.txt"
+    if variant == "vpred":
+        config.teacher = "Laxhar/noobai-XL-Vpred-1.0"
+        config.architecture = "configs/architectures/sdxl_vpred"
+        config.guidance_scale = 5.0  # as its model card recommends 4 to 5
     if variant in METHODS and variant != "mlcm":
         put(config, METHODS[variant], METHODS[variant].sdxl_steps, METHODS[variant].sdxl)
     if reads_latents(config):

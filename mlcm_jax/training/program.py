@@ -26,6 +26,7 @@ from mlcm_jax.parallel import sharding
 from mlcm_jax.rng import MAX_SEED
 from mlcm_jax.rules import NOT_NEGATIVE, POSITIVE, Rule, between, check_rules, one_of
 from mlcm_jax.training.batch_plan import source_of
+from mlcm_jax.training.export import student_scheduler_config
 from mlcm_jax.training.flops import count_flops
 from mlcm_jax.training.initial_state import InitialState, batch_shapes
 from mlcm_jax.training.optimizer import stage_optimizer
@@ -122,7 +123,8 @@ def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> P
     mesh = sharding.make_mesh(config.mesh, devices)
     _check_teacher(architecture)
     _check_batch(config, mesh)
-    schedule = Schedule.from_config(architecture.scheduler_config)
+    # The student's: where some schedulers lift the end of a zero terminal SNR, the one that is exported does not.
+    schedule = Schedule.from_config(student_scheduler_config(architecture.scheduler_config))
     stages = read_stages(config)
     sizes = _image_sizes(config, stages, architecture)
     latent_shapes = [architecture.latent_shape(size) for size in sizes]
