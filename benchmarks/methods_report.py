@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from comparison import REFERENCE_STEPS, Measured, over_seeds, read_measured
@@ -17,7 +17,12 @@ from mlcm_jax.outputs import atomic_write
 from mlcm_jax.plots import labelled_rows, plot_against_steps
 
 COLUMNS = (FRECHET, *TEXT)
-LOGARITHMIC = {"latent distance"}
+AXES: dict[str, Literal["log", "tight"]] = {  # of the figure's panels
+    "Frechet distance": "tight",
+    "CLIP score (held-out)": "tight",
+    "CLIP score (scorer)": "tight",
+    "latent distance": "log",
+}
 GRID_STEPS, GRID_IMAGES = (4, 1), 12
 DOCS, MARKER = "docs/methods.md", "equal work"
 
@@ -47,7 +52,7 @@ def write_report(
 def write_pictures(methods: Sequence[str], seeds: Sequence[int], out: Path) -> None:
     """Write the figure, of results.json, and the grids, of the first seed."""
     rows = read_json(out / "results.json")["rows"]
-    plot_against_steps(dict(panels(rows)), out / "methods.png", logarithmic=LOGARITHMIC)
+    plot_against_steps(dict(panels(rows)), out / "methods.png", axes_of=AXES)
     for num_steps in GRID_STEPS:
         _write_grid([TEACHER_NAME, *methods], seeds[0], num_steps, out)
 
@@ -97,11 +102,11 @@ def markdown(results: Mapping[str, Any], names: Sequence[str], steps: Sequence[i
 
 def panels(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, dict[int, tuple[float, float, float]]]]]:
     """What ``plot_against_steps`` takes: a panel for each figure that was measured, a line for each method."""
-    for column in COLUMNS:
+    for column in (column for column in COLUMNS if column.title in AXES):
         curves: dict[str, dict[int, tuple[float, float, float]]] = {}
         for row in reversed(rows):
             figure = row["figures"].get(column.key)
-            if figure and (figure["value"] > 0 or column.title not in LOGARITHMIC):
+            if figure and (figure["value"] > 0 or AXES[column.title] != "log"):
                 curves.setdefault(row["sampler"], {})[row["steps"]] = (figure["value"], *figure["interval"])
         if curves:
             yield column.title, dict(reversed(curves.items()))

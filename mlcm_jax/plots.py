@@ -1,7 +1,7 @@
 """The grids and plots that a run leaves behind."""
 
-import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -86,12 +86,12 @@ def plot_against_steps(
     panels: Mapping[str, Mapping[str, Mapping[int, tuple[float, float, float]]]],
     path: epath.PathLike,
     *,
-    logarithmic: Collection[str] = (),
+    axes_of: Mapping[str, Literal["log", "tight"]] | None = None,
 ) -> None:
     """Figures against the number of sampling steps, a panel each, four panels a row.
 
-    panels: name of the figure -> sampler -> number of steps -> value and both ends of its interval. logarithmic: names
-    of those whose values are positive and of different magnitudes.
+    panels: name of the figure -> sampler -> number of steps -> value and both ends of its interval. axes_of: figures
+    whose axis does not begin at 0: it is logarithmic, or as long as the values need.
     """
     columns = min(len(panels), 4)
     rows, size = -(-len(panels) // columns), (6 if len(panels) < 4 else 4.2)
@@ -101,17 +101,20 @@ def plot_against_steps(
     for axes in all_axes.flat[len(panels) :]:
         axes.remove()
     for axes, (name, curves) in zip(all_axes.flat, panels.items(), strict=False):
-        for (label, values), style in zip(curves.items(), itertools.cycle(("o-", "s--"))):
+        for i, (label, values) in enumerate(curves.items()):
             value, low, high = np.array(list(values.values())).T
             errors = np.maximum([value - low, high - value], 0)
-            axes.errorbar(list(values), value, errors, fmt=style, capsize=3, label=label)
+            beside = 1 + 0.02 * (i - (len(curves) - 1) / 2)  # so that intervals do not hide each other
+            places, style = beside * np.array(list(values)), ("o-", "s--")[i % 2]
+            axes.errorbar(places, value, errors, fmt=style, capsize=3, label=label)
         ticks = sorted({n for values in curves.values() for n in values})
         bottom = min(0, *(low for values in curves.values() for _, low, _ in values.values()))
         axes.set(xlabel="sampling steps", ylabel=name)
-        if name in logarithmic:
-            axes.set_yscale("log")
-        else:
+        scale = (axes_of or {}).get(name)
+        if scale is None:
             axes.set_ylim(bottom, None)
+        elif scale == "log":
+            axes.set_yscale("log")
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, labels=[str(n) for n in ticks])
         axes.legend()
