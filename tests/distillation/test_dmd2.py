@@ -96,7 +96,6 @@ def test_logistic_loss():
     np.testing.assert_allclose(logistic_loss(jnp.asarray(real), jnp.asarray(fake)), expected, rtol=1e-6)
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_the_discriminator_learns_on_the_fake_scores_bottleneck(architecture):
     """A LoRA and its critic on the tiny pipeline: the head and the fake score under it move, and the student learns."""
     name = "distribution_matching_gan"

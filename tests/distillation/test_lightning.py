@@ -159,7 +159,7 @@ def test_the_discriminator_starts_as_the_teachers_encoder():
     assert set(critic["encoder"]) == {"conv_in", "mid_block"}
     assert all(not leaf.any() for leaf in jax.tree.leaves(critic["encoder"]))
     z, end = jax.random.normal(jax.random.key(0), (2, N, *LATENT_SHAPE))
-    examples = Examples(z, jnp.asarray(T), jnp.asarray(BOUNDARY), end, None, BATCH.condition, {})
+    examples = Examples(z, jnp.asarray(T), jnp.asarray(BOUNDARY), jnp.full(N, 500), end, None, BATCH.condition, {})
     inputs = LossInputs(end, examples, FROZEN, jax.random.key(0))
     got = ProgressiveAdversarial(context)._logits(critic, inputs, end)
     np.testing.assert_allclose(got, logit(critic, z, end, False), rtol=1e-4, atol=1e-5)

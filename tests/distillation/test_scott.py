@@ -53,10 +53,10 @@ def sde_step(z, eps, a_t, a_s, noise, strength):
 
 
 def scott_losses(student, average, teacher, heads, batch, unconditional, seed=0):
-    abar, conditioning = np.asarray(SCHEDULE.alphas_cumprod, np.float64), batch.conditioning
+    abar, conditioning = jnp.asarray(SCHEDULE.alphas_cumprod), batch.conditioning
 
     def at(u):
-        return abar[np.asarray(u)].reshape(-1, 1, 1, 1).astype(np.float32)
+        return abar[jnp.asarray(u)].reshape(-1, 1, 1, 1)
 
     def x0(params, z, u):
         return (z - (1 - at(u)) ** 0.5 * toy_apply({"params": params}, z, u, conditioning)) / at(u) ** 0.5
@@ -118,7 +118,6 @@ def _timesteps(seed):
     return np.asarray(draw_timesteps(rng.stream(seed, "timesteps", 0), jnp.zeros(N, jnp.int32), 1))
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_the_discriminator_reads_the_decoder_and_knows_time_and_text(architecture):
     """The heads are made for the blocks on the way up; their logits change with the timestep and with the prompt."""
     apply, config = architecture.unet.module.apply, scott_settings()
