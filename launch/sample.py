@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from PIL import Image
 
 from mlcm_jax.cli import run_main
 from mlcm_jax.data.npy import read_npy
@@ -18,15 +19,17 @@ from mlcm_jax.data.prompts import read_prompts
 from mlcm_jax.diffusion.samplers import SAMPLERS
 from mlcm_jax.diffusion.scheduler_config import of_class
 from mlcm_jax.errors import UserError
+from mlcm_jax.hub.controlnet import load_controlnet
 from mlcm_jax.hub.lora import parse_lora, with_loras
 from mlcm_jax.hub.pipeline import Pipeline
 from mlcm_jax.hub.text import with_text
 from mlcm_jax.hub.vae import load_vae
-from mlcm_jax.images import image_grid, write_image
+from mlcm_jax.images import image_grid, open_image, write_image
 from mlcm_jax.model_flags import MODEL, load_model
 from mlcm_jax.models.attention_backend import BACKENDS, AttentionBackend
 from mlcm_jax.outputs import atomic_write, check_file, check_image_file
 from mlcm_jax.rng import MAX_SEED
+from mlcm_jax.sampling.control import Control
 from mlcm_jax.sampling.decode import TILING
 from mlcm_jax.sampling.text_to_image import TextToImage
 from mlcm_jax.size_flags import flagged_size
@@ -36,6 +39,9 @@ LORA = flags.DEFINE_multi_string(
 )
 VAE = flags.DEFINE_string("vae", None, "Folder of an autoencoder to decode with in place of the model's own.")
 TEXT = flags.DEFINE_string("text", None, "Folder of text encoders and tokenizers to use in place of the model's own.")
+CONTROLNET = flags.DEFINE_multi_string("controlnet", None, "Folder of a ControlNetModel; give it again for more.")
+CONTROL_IMAGE = flags.DEFINE_multi_string("control_image", None, "The image that it follows, one for each ControlNet.")
+CONTROL_SCALE = flags.DEFINE_multi_float("control_scale", None, "How much it adds, one for each; default: 1.")
 PROMPT = flags.DEFINE_multi_string("prompt", None, "Give it again for more images.")
 STEPS = flags.DEFINE_integer("steps", 4, "Sampling steps.")
 SCHEDULER = flags.DEFINE_enum("scheduler", None, list(SAMPLERS), "In place of the model's own, from its settings.")
@@ -80,11 +86,31 @@ def given_noise(pipeline: Pipeline, num_prompts: int) -> jax.Array:
     return jnp.asarray(latents.transpose(0, 2, 3, 1))
 
 
+def control_images() -> list[Image.Image]:
+    """Those of --control_image; raises UserError unless each ControlNet has one, and a scale or none."""
+    folders, images = CONTROLNET.value or [], CONTROL_IMAGE.value or []
+    scales = CONTROL_SCALE.value or []
+    if len(images) != len(folders) or (scales and len(scales) != len(folders)):
+        raise UserError(
+            f"There are {len(folders)} --controlnet, {len(images)} --control_image and {len(scales)} --control_scale: "
+            "give each ControlNet one image, and each or none of them a scale."
+        )
+    return [open_image(image) for image in images]
+
+
+def controls_of(pipeline: Pipeline, images: list[Image.Image]) -> list[Control]:
+    """The ControlNets of the flags, which follow ``images``."""
+    scales = CONTROL_SCALE.value or [1.0] * len(images)
+    folders = CONTROLNET.value or []
+    networks = [load_controlnet(folder, pipeline, dtype=jnp.dtype(DTYPE.value)) for folder in folders]
+    return [Control(*each) for each in zip(networks, images, scales, strict=True)]
+
+
 def main():
     check_image_file("out", OUT.value)
     if SAVE_LATENTS.value:
         check_file("save_latents", SAVE_LATENTS.value, ".npy")
-    prompts = asked_prompts()
+    prompts, followed = asked_prompts(), control_images()
     for entry in LORA.value or []:
         parse_lora(entry)  # answers a mistake before the model is read
     pipeline = load_model(DTYPE.value)
@@ -97,6 +123,7 @@ def main():
     if VAE.value:
         vae = load_vae(VAE.value, pipeline, dtype=jnp.dtype(DTYPE.value))
         pipeline = dataclasses.replace(pipeline, vae=vae)
+    controls = controls_of(pipeline, followed)
     sampler = TextToImage(pipeline)
     if LATENTS.value is None:
         noise = sampler.noise(len(prompts), seed=SEED.value, image_size=flagged_size())
@@ -113,6 +140,7 @@ def main():
         seed=SEED.value,
         latents=noise,
         eta=ETA.value,
+        controls=controls,
         vae_tiling=VAE_TILING.value,
     )
     n = len(images)

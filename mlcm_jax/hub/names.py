@@ -17,6 +17,8 @@ STACKED = ("transformer_blocks", "layers", "layer", "blocks")
 LISTS = (
     "down_blocks",
     "up_blocks",
+    "controlnet_down_blocks",
+    "blocks",
     "resnets",
     "attentions",
     "downsamplers",

@@ -44,6 +44,13 @@ def _unet_inputs(config: Mapping[str, Any]) -> tuple:
     return inputs if guidance_width is None else (*inputs, jnp.zeros((1, guidance_width)))
 
 
+def _controlnet_inputs(config: Mapping[str, Any]) -> tuple:
+    sample, timesteps, conditioning, *_ = _unet_inputs(config)
+    levels = len(config.get("conditioning_embedding_out_channels", (16, 32, 96, 256)))
+    side = sample.shape[1] * 2 ** (levels - 1)
+    return sample, timesteps, conditioning, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+
+
 def _text_inputs(config: Mapping[str, Any]) -> tuple:
     return (jnp.zeros((1, min(2, config.get("max_position_embeddings", 77))), jnp.int32),)
 
@@ -84,6 +91,7 @@ class NetworkClass(NamedTuple):
 _TEXT = NetworkClass("mlcm_jax.models.clip", "CLIPTextModel", _text_inputs, "transformers")
 NETWORKS = {
     "UNet2DConditionModel": NetworkClass("mlcm_jax.models.unet", "UNet2DConditionModel", _unet_inputs),
+    "ControlNetModel": NetworkClass("mlcm_jax.models.controlnet", "ControlNetModel", _controlnet_inputs),
     "AutoencoderKL": NetworkClass("mlcm_jax.models.vae", "AutoencoderKL", _vae_inputs),
     "AutoencoderTiny": NetworkClass("mlcm_jax.models.tiny_vae", "AutoencoderTiny", _tiny_vae_inputs),
     "CLIPTextModel": _TEXT,

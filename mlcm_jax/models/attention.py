@@ -89,6 +89,11 @@ class Transformer2DModel(nn.Module):
         n, height, width, c = x.shape
         tokens = GroupNorm(self.groups, 1e-6, self.dtype, name="norm")(x)
         tokens = self._project("proj_in", tokens).reshape(n, height * width, c)
+        if self.num_layers:  # small ControlNets have the projections alone
+            tokens = self._blocks(tokens, context)
+        return x + self._project("proj_out", tokens.reshape(x.shape))
+
+    def _blocks(self, tokens: Float[Array, "n t d"], context: Float[Array, "n s e"]) -> Float[Array, "n t d"]:
         block = rematerialised(BasicTransformerBlock, self.remat, prevent_cse=False)
         blocks = nn.scan(
             block,
@@ -98,8 +103,7 @@ class Transformer2DModel(nn.Module):
             length=self.num_layers,
             unroll=min(self.unroll, self.num_layers),
         )
-        tokens, _ = blocks(self.heads, self.backend, self.dtype, name="transformer_blocks")(tokens, context)
-        return x + self._project("proj_out", tokens.reshape(x.shape))
+        return blocks(self.heads, self.backend, self.dtype, name="transformer_blocks")(tokens, context)[0]
 
     def _project(self, name: str, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
         """A linear layer and a 1x1 convolution are the same map; their weights differ in shape."""

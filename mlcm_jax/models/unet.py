@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -12,7 +13,7 @@ from mlcm_jax.models.attention import Transformer2DModel
 from mlcm_jax.models.attention_backend import AUTO, AttentionBackend
 from mlcm_jax.models.layers import Conv, Dense, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
 from mlcm_jax.models.remat import REMAT_POLICIES, rematerialised
-from mlcm_jax.models.unet_config import Depths, UNetConfig
+from mlcm_jax.models.unet_config import Depths, EncoderConfig, UNetConfig
 from mlcm_jax.parallel.sharding import split_batch
 from mlcm_jax.types import TextConditioning
 
@@ -51,9 +52,9 @@ class TimestepEmbedding(nn.Module):
 
 
 class UNetBlock(nn.Module):
-    """What the blocks of all three kinds share: layers of a resnet and, where the depth is not 0, a transformer."""
+    """What the blocks of all three kinds share: layers of a resnet and, where it has a depth, a transformer."""
 
-    config: UNetConfig
+    config: EncoderConfig
     features: int
     depths: Depths
     num_heads: int
@@ -65,10 +66,11 @@ class UNetBlock(nn.Module):
         block = rematerialised(ResnetBlock2D, cfg.remat)
         args = (self.features, cfg.norm_num_groups, cfg.norm_eps, cfg.act_fn, self.dtype)
         x = block(*args, name=f"resnets_{i}")(x, temb)
-        if not self.depths[i]:
+        depth = self.depths[i]
+        if depth is None:
             return x
         return Transformer2DModel(
-            self.depths[i],
+            depth,
             self.num_heads,
             cfg.norm_num_groups,
             cfg.use_linear_projection,
@@ -119,11 +121,53 @@ class UpBlock(UNetBlock):
         return Upsample2D(self.features, dtype=self.dtype, name="upsamplers_0")(x) if self.upsample else x
 
 
-class UNet2DConditionModel(nn.Module):
+@flax.struct.dataclass
+class Residuals:
+    """What a ControlNet adds to a UNet: to each state that the way up reads, and to what leaves the middle."""
+
+    down: tuple[Float[Array, "n h w c"], ...]
+    mid: Float[Array, "n h w c"]
+
+
+class UNetEncoder(nn.Module):
+    """The time's embedding, the way down and the middle, which UNet and ControlNet (models/controlnet.py) share."""
+
+    config: EncoderConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def stage_args(self, level: int, depths: Depths) -> tuple:
+        """Arguments of the block of a resolution."""
+        cfg = self.config
+        return cfg, cfg.block_out_channels[level], depths, cfg.num_heads[level], self.dtype
+
+    def embed_time(self, timesteps, conditioning: TextConditioning, timestep_cond=None) -> Float[Array, "n f"]:
+        """Of the timestep, and of the pooled state and time ids where the network takes them."""
+        cfg, width = self.config, self.config.block_out_channels[0]
+        waves = sinusoidal_embedding(timesteps, width, cfg.flip_sin_to_cos, cfg.freq_shift)
+        temb = TimestepEmbedding(4 * width, self.dtype, name="time_embedding")(waves, timestep_cond)
+        if cfg.addition_time_embed_dim is None:
+            return temb
+        ids = conditioning.time_ids.reshape(-1)
+        waves = sinusoidal_embedding(ids, cfg.addition_time_embed_dim, cfg.flip_sin_to_cos, cfg.freq_shift)
+        pooled = conditioning.pooled.astype(jnp.float32)
+        added = jnp.concatenate([pooled, waves.reshape(len(pooled), -1)], axis=-1)
+        return temb + TimestepEmbedding(4 * width, self.dtype, name="add_embedding")(added)
+
+    def encode(self, x: Float[Array, "n h w c"], temb, context) -> tuple[Float[Array, "n h2 w2 c2"], list[Any]]:
+        """From what ``conv_in`` makes to the middle's output; also the states that the way up reads, x first."""
+        cfg, states = self.config, [x]
+        last = len(cfg.block_out_channels) - 1
+        for i, depths in enumerate(cfg.down_depths):
+            block = DownBlock(*self.stage_args(i, depths), downsample=i < last, name=f"down_blocks_{i}")
+            x, new_states = block(x, temb, context)
+            states += new_states
+        return MidBlock(*self.stage_args(last, cfg.mid_depths), name="mid_block")(x, temb, context), states
+
+
+class UNet2DConditionModel(UNetEncoder):
     """The denoiser: predicts noise, v or x0 from noisy latents, as the teacher's scheduler config says."""
 
     config: UNetConfig
-    dtype: jnp.dtype = jnp.float32
 
     @classmethod
     def from_config(
@@ -157,45 +201,29 @@ class UNet2DConditionModel(nn.Module):
         timesteps: Array,
         conditioning: TextConditioning,
         timestep_cond: Float[Array, "n e"] | None = None,
+        residuals: Residuals | None = None,
     ) -> Float[Array, "n h w o"]:
         """Prediction for scaled latents at ``timesteps`` 0..999 (int or float, [n]), float32.
 
-        timestep_cond: embedding of the guidance scale, for students with ``time_cond_proj_dim``.
+        timestep_cond: embedding of the guidance scale, for students with ``time_cond_proj_dim``. residuals: of
+        ControlNets.
         """
-        cfg, channels = self.config, self.config.block_out_channels
+        cfg, last = self.config, len(self.config.block_out_channels) - 1
+        if (timestep_cond is None) != (cfg.time_cond_proj_dim is None):
+            raise ValueError("timestep_cond is given exactly when config.json has time_cond_proj_dim")
         inputs = (sample, timesteps, conditioning, timestep_cond)
         sample, timesteps, conditioning, timestep_cond = split_batch(inputs, cfg.attention.mesh)
         context = conditioning.hidden_states.astype(self.dtype)
-        temb = self._time_embedding(timesteps, conditioning, timestep_cond)
-        x = Conv(channels[0], dtype=self.dtype, name="conv_in")(sample)
-        last, states = len(channels) - 1, [x]
-        for i, depths in enumerate(cfg.down_depths):
-            block = DownBlock(*self._stage_args(i, depths), downsample=i < last, name=f"down_blocks_{i}")
-            x, new_states = block(x, temb, context)
-            states += new_states
-        x = MidBlock(*self._stage_args(last, cfg.mid_depths), name="mid_block")(x, temb, context)
+        temb = self.embed_time(timesteps, conditioning, timestep_cond)
+        x = Conv(cfg.block_out_channels[0], dtype=self.dtype, name="conv_in")(sample)
+        x, states = self.encode(x, temb, context)
+        if residuals is not None:
+            x = x + residuals.mid.astype(self.dtype)
+            states = [state + added.astype(self.dtype) for state, added in zip(states, residuals.down, strict=True)]
         for i, depths in enumerate(cfg.up_depths):
-            block = UpBlock(*self._stage_args(last - i, depths), upsample=i < last, name=f"up_blocks_{i}")
+            block = UpBlock(*self.stage_args(last - i, depths), upsample=i < last, name=f"up_blocks_{i}")
             x = block(x, temb, context, states[-len(depths) :])
             states = states[: -len(depths)]
         # In float32 whatever the rest is: guidance multiplies the last rounding by w, and x0 by sigma / alpha.
         x = jax.nn.silu(GroupNorm(cfg.norm_num_groups, cfg.norm_eps, jnp.float32, name="conv_norm_out")(x))
         return Conv(cfg.out_channels, dtype=jnp.float32, name="conv_out")(x)
-
-    def _stage_args(self, level: int, depths: Depths) -> tuple:
-        cfg = self.config
-        return cfg, cfg.block_out_channels[level], depths, cfg.num_heads[level], self.dtype
-
-    def _time_embedding(self, timesteps, conditioning, timestep_cond) -> Float[Array, "n f"]:
-        cfg, width = self.config, self.config.block_out_channels[0]
-        if (timestep_cond is None) != (cfg.time_cond_proj_dim is None):
-            raise ValueError("timestep_cond is given exactly when config.json has time_cond_proj_dim")
-        waves = sinusoidal_embedding(timesteps, width, cfg.flip_sin_to_cos, cfg.freq_shift)
-        temb = TimestepEmbedding(4 * width, self.dtype, name="time_embedding")(waves, timestep_cond)
-        if cfg.addition_time_embed_dim is None:
-            return temb
-        ids = conditioning.time_ids.reshape(-1)
-        waves = sinusoidal_embedding(ids, cfg.addition_time_embed_dim, cfg.flip_sin_to_cos, cfg.freq_shift)
-        pooled = conditioning.pooled.astype(jnp.float32)
-        added = jnp.concatenate([pooled, waves.reshape(len(pooled), -1)], axis=-1)
-        return temb + TimestepEmbedding(4 * width, self.dtype, name="add_embedding")(added)

@@ -1,8 +1,8 @@
 """The settings of diffusers' UNet2DConditionModel: its config.json against a table of what is supported."""
 
 import dataclasses
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from mlcm_jax.json_config import (
     FRACTION,
@@ -29,6 +29,7 @@ CLASS_NAME = "UNet2DConditionModel"
 DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 MID_BLOCKS = {"UNetMidBlock2D": False, "UNetMidBlock2DCrossAttn": True}
 UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
+DEPTHS_KEY = "transformer_layers_per_block"
 OFF = (False, (False,))
 ABSENT = (None, (None,))
 
@@ -89,19 +90,18 @@ CONFIG_KEYS: Table = {
 }
 
 
-Depths = tuple[int, ...]  # transformer blocks after each resnet of a stage; 0: no attention
+Depths = tuple[int | None, ...]  # transformer blocks after each resnet of a stage; None: no attention
 
 
 @dataclasses.dataclass(frozen=True)
-class UNetConfig:
-    """The keys of config.json that shape the network; tuples have one entry for each stage in the order it runs."""
+class EncoderConfig:
+    """The keys of config.json that shape the way down and the middle; tuples have one entry for each stage in the order
+    it runs."""
 
     block_out_channels: tuple[int, ...]
     down_depths: tuple[Depths, ...]
     mid_depths: Depths
-    up_depths: tuple[Depths, ...]
     num_heads: tuple[int, ...]  # of each resolution, the highest first
-    out_channels: int
     norm_num_groups: int
     norm_eps: float
     act_fn: str
@@ -109,10 +109,18 @@ class UNetConfig:
     flip_sin_to_cos: bool
     freq_shift: float
     addition_time_embed_dim: int | None  # None: no pooled state and time ids
-    time_cond_proj_dim: int | None
     remat: str | None  # policy of models/remat.py; None: all activations are kept
     attention: AttentionBackend
     unroll: int  # transformer blocks in a turn of their loop
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig(EncoderConfig):
+    """And those of the way up."""
+
+    up_depths: tuple[Depths, ...]
+    out_channels: int
+    time_cond_proj_dim: int | None
 
     @classmethod
     def read(
@@ -120,21 +128,43 @@ class UNetConfig:
     ) -> "UNetConfig":
         """Validate diffusers' config.json; raises UserError for a setting that is not supported."""
         values = read_config(config, CONFIG_KEYS, CLASS_NAME)
-        channels, groups = values["block_out_channels"], values["norm_num_groups"]
-        fits = all(c % groups == 0 for c in channels)
-        values.check("block_out_channels", fits, f"a list of multiples of norm_num_groups={groups}")
-        # the frequencies' exponents are divided by what is left of half the width
-        values.check("freq_shift", values["freq_shift"] < channels[0] // 2, f"a number below {channels[0] // 2}")
-        read_here: dict[str, Any] = {
-            **_depths(values),
-            "num_heads": _num_heads(values),
-            "addition_time_embed_dim": _time_ids_width(values),
-            "remat": remat,
-            "attention": attention,
-            "unroll": unroll,
-        }
-        fields = [f.name for f in dataclasses.fields(cls)]
-        return cls(**{name: read_here[name] if name in read_here else values[name] for name in fields})
+        read_here = encoder_fields(values, is_size) | {"up_depths": _up_depths(values)}
+        read_here |= {"remat": remat, "attention": attention, "unroll": unroll}
+        return joined_fields(cls, values, read_here)
+
+
+Config = TypeVar("Config", bound=EncoderConfig)
+
+
+def joined_fields(cls: type[Config], values: ConfigValues, read_here: dict[str, Any]) -> Config:
+    """A configuration of what was made of the values, and of the values themselves."""
+    fields = [f.name for f in dataclasses.fields(cls)]
+    return cls(**{name: read_here[name] if name in read_here else values[name] for name in fields})
+
+
+def encoder_fields(values: ConfigValues, is_depth: Callable[[Any], bool]) -> dict[str, Any]:
+    """The fields of an EncoderConfig that are no keys themselves. is_depth: of the blocks in a transformer.
+
+    Raises UserError for values that do not fit each other.
+    """
+    channels, groups = values["block_out_channels"], values["norm_num_groups"]
+    fits = all(c % groups == 0 for c in channels)
+    values.check("block_out_channels", fits, f"a list of multiples of norm_num_groups={groups}")
+    # the frequencies' exponents are divided by what is left of half the width
+    values.check("freq_shift", values["freq_shift"] < channels[0] // 2, f"a number below {channels[0] // 2}")
+    layers, down = _each_level(values, "layers_per_block"), _down_levels(values)
+    has_attention = _has_attention(values, "down_block_types", DOWN_BLOCKS)
+    mid_depths: Depths = (None,)
+    if MID_BLOCKS[values["mid_block_type"]]:
+        deepest = down[-1] if isinstance(down[-1], tuple) else (down[-1],)
+        values.check(DEPTHS_KEY, deepest and is_depth(deepest[0]), "numbers above 0")
+        mid_depths = (deepest[0], None)
+    return {
+        "down_depths": _stage_depths(values, DEPTHS_KEY, down, layers, has_attention, is_depth),
+        "mid_depths": mid_depths,
+        "num_heads": _num_heads(values),
+        "addition_time_embed_dim": _time_ids_width(values),
+    }
 
 
 def _each_level(values: ConfigValues, key: str) -> tuple[int, ...]:
@@ -173,44 +203,42 @@ def _time_ids_width(values: ConfigValues) -> int | None:
     return width
 
 
-def _depths(values: ConfigValues) -> dict[str, Any]:
-    """Depths of all stages: ``down_depths``, ``mid_depths`` and ``up_depths``.
+def _down_levels(values: ConfigValues) -> tuple:
+    """Depths of each stage on the way down: a number for all its resnets, or a list of them."""
+    down = values[DEPTHS_KEY]
+    return down if isinstance(down, tuple) else (down,) * len(values["block_out_channels"])
 
-    The way up mirrors the way down, with one resnet more a stage, unless ``reverse_transformer_layers_per_block`` lists
-    its depths (as SSD-1B does, arXiv 2401.02677). An entry is a number for all resnets of a stage or a list of them.
+
+def _up_depths(values: ConfigValues) -> tuple[Depths, ...]:
+    """Depths of the stages on the way up.
+
+    It mirrors the way down, with one resnet more a stage, unless ``reverse_transformer_layers_per_block`` lists its
+    depths (as SSD-1B does, arXiv 2401.02677).
     """
-    key, reverse_key = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
-    count = len(values["block_out_channels"])
-    down, up = values[key], values[reverse_key]
-    down = down if isinstance(down, tuple) else (down,) * count
+    key, down = "reverse_transformer_layers_per_block", _down_levels(values)
+    up = values[key]
     if up is None:
-        nested = any(isinstance(level, tuple) for level in down)
-        values.check(reverse_key, not nested, f"a list of {count} entries, as {key} has a list within")
-        up_key, up = key, down[::-1]
-    else:
-        up_key = reverse_key
-    layers = _each_level(values, "layers_per_block")
-    down_has_attention = _has_attention(values, "down_block_types", DOWN_BLOCKS)
-    up_has_attention = _has_attention(values, "up_block_types", UP_BLOCKS)
-    down_depths = _stage_depths(values, key, down, layers, down_has_attention)
-    up_depths = _stage_depths(values, up_key, up, [n + 1 for n in layers[::-1]], up_has_attention)
-    mid_depths: Depths = (0,)
-    if MID_BLOCKS[values["mid_block_type"]]:
-        deepest = down[-1] if isinstance(down[-1], tuple) else (down[-1],)
-        values.check(key, deepest and is_size(deepest[0]), "numbers above 0")
-        mid_depths = (deepest[0], 0)
-    return {"down_depths": down_depths, "mid_depths": mid_depths, "up_depths": up_depths}
+        nested, count = any(isinstance(level, tuple) for level in down), len(down)
+        values.check(key, not nested, f"a list of {count} entries, as {DEPTHS_KEY} has a list within")
+        key, up = DEPTHS_KEY, down[::-1]
+    layers = [n + 1 for n in _each_level(values, "layers_per_block")[::-1]]
+    return _stage_depths(values, key, up, layers, _has_attention(values, "up_block_types", UP_BLOCKS), is_size)
 
 
 def _stage_depths(
-    values: ConfigValues, key: str, levels: Any, num_layers: Iterable[int], has_attention: tuple[bool, ...]
+    values: ConfigValues,
+    key: str,
+    levels: Any,
+    num_layers: Iterable[int],
+    has_attention: tuple[bool, ...],
+    is_depth: Callable[[Any], bool],
 ) -> tuple[Depths, ...]:
     count = len(has_attention)
     values.check(key, isinstance(levels, tuple) and len(levels) == count, f"a number or a list of {count} entries")
     stages = []
     for level, n, attends in zip(levels, num_layers, has_attention, strict=True):
         depths = level if isinstance(level, tuple) else (level,) * n
-        fits = not attends or (len(depths) == n and all(map(is_size, depths)))
+        fits = not attends or (len(depths) == n and all(map(is_depth, depths)))
         values.check(key, fits, f"a number above 0 or a list of {n} for a block of {n} resnets")
-        stages.append(depths if attends else (0,) * n)
+        stages.append(depths if attends else (None,) * n)
     return tuple(stages)

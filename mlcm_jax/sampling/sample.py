@@ -13,10 +13,12 @@ from mlcm_jax.diffusion.denoise import denoise, noise_rng
 from mlcm_jax.diffusion.guidance import guided_predict
 from mlcm_jax.diffusion.samplers import step_table
 from mlcm_jax.hub.pipeline import Network, Pipeline
+from mlcm_jax.models.controlnet import Controlled
 from mlcm_jax.models.unet import guidance_embedding
 from mlcm_jax.rng import seed_key
 from mlcm_jax.types import HostLatents, Latents, Params, TextConditioning
 
+Conditioning = TextConditioning | Controlled  # the second of a UNet with ControlNets
 DISTILLED = ("TCDScheduler", "LCMScheduler")
 
 
@@ -67,8 +69,8 @@ def sample_latents(
     unet: Network,
     scheduler_config: dict[str, Any],
     latents: Latents,
-    conditioning: TextConditioning,
-    unconditional: TextConditioning,
+    conditioning: Conditioning,
+    unconditional: Conditioning,
     *,
     guidance_scale: float,
     num_steps: int,

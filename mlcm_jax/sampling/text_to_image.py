@@ -12,6 +12,7 @@ from mlcm_jax.hub.pipeline import Pipeline
 from mlcm_jax.image_size import ImageSize
 from mlcm_jax.rng import seed_key
 from mlcm_jax.sampling.conditioning import encode_prompts, unconditional
+from mlcm_jax.sampling.control import Control, controlled, controlled_unet
 from mlcm_jax.sampling.decode import decode, in_tiles
 from mlcm_jax.sampling.sample import default_guidance_scale, draw_noise, sample_latents
 from mlcm_jax.types import Latents
@@ -43,14 +44,15 @@ class TextToImage:
         image_size: ImageSize | None = None,
         latents: Latents | None = None,
         eta: float = 0.0,
+        controls: Sequence[Control] = (),
         vae_tiling: str = "auto",
     ) -> UInt8[np.ndarray, "n H W 3"]:
         """An image of each prompt; the arguments are those of ``sample``. vae_tiling: as ``decode`` takes it."""
         noise = self._start(prompts, seed, image_size, latents)
         in_tiles(self.pipeline.vae, noise, vae_tiling)  # answers a mistake before anything is compiled
         guidance = {"guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
-        samples = self.sample(prompts, num_steps=num_steps, seed=seed, latents=noise, eta=eta, **guidance)
-        return decode(self.pipeline.vae, samples, vae_tiling)
+        settings = {"num_steps": num_steps, "seed": seed, "eta": eta, "controls": controls}
+        return decode(self.pipeline.vae, self.sample(prompts, latents=noise, **settings, **guidance), vae_tiling)
 
     def sample(
         self,
@@ -63,13 +65,14 @@ class TextToImage:
         image_size: ImageSize | None = None,
         latents: Latents | None = None,
         eta: float = 0.0,
+        controls: Sequence[Control] = (),
     ) -> Latents:
         """Clean latents of each prompt, scaled, by the pipeline's own scheduler.
 
         guidance_scale: None takes the scheduler's usual one: 1 for students, 5 for teachers. negative_prompt: what a
         guidance scale above 1 leads away from; "": what the pipeline does without one. latents: initial noise,
         scaled to unit variance, instead of that of ``seed`` and ``image_size``; one prompt serves all of it.
-        eta: 0 to 1, the noise that TCDScheduler adds.
+        eta: 0 to 1, the noise that TCDScheduler adds. controls: ControlNets, each with the image that it follows.
         Raises UserError, before anything is compiled, for a number of steps or a size that cannot work.
         """
         noise, pipeline = self._start(prompts, seed, image_size, latents), self.pipeline
@@ -77,12 +80,17 @@ class TextToImage:
         n, height, width, _ = noise.shape
         size = height * pipeline.downscale, width * pipeline.downscale
         step_table(pipeline.scheduler_config, num_steps, eta)  # answers a mistake before prompts are encoded
+        unet, negative = pipeline.unet, unconditional(pipeline, n, size, negative_prompt)
+        conditioning = encode_prompts(pipeline, prompts if len(prompts) == n else prompts * n, size)
+        if controls:
+            unet = controlled_unet(unet, controls)
+            conditioning, negative = (controlled(text, controls, size) for text in (conditioning, negative))
         return sample_latents(
-            pipeline.unet,
+            unet,
             pipeline.scheduler_config,
             noise,
-            encode_prompts(pipeline, prompts if len(prompts) == n else prompts * n, size),
-            unconditional(pipeline, n, size, negative_prompt),
+            conditioning,
+            negative,
             guidance_scale=default_guidance_scale(pipeline) if guidance_scale is None else guidance_scale,
             num_steps=num_steps,
             rng=jax.random.fold_in(seed_key(seed), SAMPLER_STREAM),

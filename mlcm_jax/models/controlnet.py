@@ -1,0 +1,108 @@
+"""diffusers' ControlNetModel (arXiv 2302.05543): a copy of a UNet's way down that sees an image, and adds to it."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mlcm_jax.models.attention_backend import AUTO, AttentionBackend
+from mlcm_jax.models.controlnet_config import ControlNetConfig
+from mlcm_jax.models.layers import Conv
+from mlcm_jax.models.unet import Residuals, UNet2DConditionModel, UNetEncoder
+from mlcm_jax.types import TextConditioning
+
+
+class ConditioningEmbedding(nn.Module):
+    """Convolutions from an image to the size of a latent."""
+
+    widths: tuple[int, ...]
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "n H W 3"]) -> Float[Array, "n h w c"]:
+        x = jax.nn.silu(Conv(self.widths[0], dtype=self.dtype, name="conv_in")(image))
+        for i, width in enumerate(self.widths[1:]):
+            x = jax.nn.silu(Conv(x.shape[-1], dtype=self.dtype, name=f"blocks_{2 * i}")(x))
+            x = jax.nn.silu(Conv(width, stride=2, dtype=self.dtype, name=f"blocks_{2 * i + 1}")(x))
+        return Conv(self.features, dtype=self.dtype, name="conv_out")(x)
+
+
+class ControlNetModel(UNetEncoder):
+    """What an image adds to a UNet."""
+
+    config: ControlNetConfig
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], dtype=jnp.float32, attention: AttentionBackend = AUTO
+    ) -> "ControlNetModel":
+        """Build from diffusers' config.json. Raises UserError for a setting that is not supported."""
+        return cls(ControlNetConfig.read(config, attention), dtype)
+
+    def with_attention(self, attention: AttentionBackend) -> "ControlNetModel":
+        """The same network with another implementation of attention."""
+        return self.clone(config=dataclasses.replace(self.config, attention=attention))
+
+    @property
+    def downscale(self) -> int:
+        """Pixels along each side of a latent."""
+        return 2 ** (len(self.config.conditioning_embedding_out_channels) - 1)
+
+    @nn.compact
+    def __call__(
+        self,
+        sample: Float[Array, "n h w c"],
+        timesteps: Array,
+        conditioning: TextConditioning,
+        image: Float[Array, "n H W 3"],
+    ) -> Residuals:
+        """For scaled latents at ``timesteps`` 0..999 (int or float, [n]). image: RGB in [0, 1]."""
+        cfg, width = self.config, self.config.block_out_channels[0]
+        image = image[..., ::-1] if cfg.controlnet_conditioning_channel_order == "bgr" else image
+        temb = self.embed_time(timesteps, conditioning)
+        x = Conv(width, dtype=self.dtype, name="conv_in")(sample)
+        embedding = ConditioningEmbedding(
+            cfg.conditioning_embedding_out_channels, width, self.dtype, name="controlnet_cond_embedding"
+        )
+        x, states = self.encode(x + embedding(image), temb, conditioning.hidden_states.astype(self.dtype))
+        down = (self._out(state, f"controlnet_down_blocks_{i}") for i, state in enumerate(states))
+        return Residuals(tuple(down), self._out(x, "controlnet_mid_block"))
+
+    def _out(self, x: Float[Array, "n h w c"], name: str) -> Float[Array, "n h w c"]:
+        """A 1x1 convolution, which is 0 at the start of a training."""
+        return Conv(x.shape[-1], kernel_size=1, padding=0, dtype=self.dtype, name=name)(x)
+
+
+@flax.struct.dataclass
+class Controlled:
+    """Conditioning of a UNet with ControlNets, an entry an example. images: RGB in [0, 1]. scales: of the residuals."""
+
+    text: TextConditioning
+    images: tuple[Float[Array, "n H W 3"], ...]
+    scales: tuple[Float[Array, " n"], ...]
+
+
+class ControlledUNet(nn.Module):
+    """A UNet and the ControlNets that add to it, as one network that is called as a UNet is."""
+
+    unet: UNet2DConditionModel
+    controlnets: tuple[ControlNetModel, ...]
+
+    def __call__(
+        self,
+        sample: Float[Array, "n h w c"],
+        timesteps: Array,
+        conditioning: Controlled,
+        timestep_cond: Float[Array, "n e"] | None = None,
+    ) -> Float[Array, "n h w o"]:
+        text, added = conditioning.text, []
+        for controlnet, image, scale in zip(self.controlnets, conditioning.images, conditioning.scales, strict=True):
+            residuals = controlnet(sample, timesteps, text, image)
+            added.append(jax.tree.map(lambda r, s=scale: r * s.astype(r.dtype).reshape(-1, 1, 1, 1), residuals))
+        total = jax.tree.map(lambda *each: sum(each[1:], each[0]), *added)
+        return self.unet(sample, timesteps, text, timestep_cond, total)
