@@ -198,6 +198,7 @@ METHODS = {
             "distance": "pseudo_huber",
             "adversarial.weight": 0.4,
             "adversarial.features": "decoder",
+            "sampler": "lcm",
         },
         emoji={"adversarial.learning_rate": 1e-3},
     ),

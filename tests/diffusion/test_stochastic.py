@@ -70,7 +70,7 @@ def test_ddim_sde_is_ddpms_posterior():
 
 
 def test_er_sde_is_the_papers_first_order_step():
-    """(arXiv 2309.06169, alg. 1 with the noise scale x (exp(x^0.3) + 10).)"""
+    """(arXiv 2309.06169, with the noise scale x (exp(x^0.3) + 10).)"""
     a_t, a_s = (float(SCHEDULE.alphas_cumprod[u]) for u in (600, 560))
     l_t, l_s = (((1 - a) / a) ** 0.5 for a in (a_t, a_s))
     ratio = (l_s * (np.exp(l_s**0.3) + 10)) / (l_t * (np.exp(l_t**0.3) + 10))

@@ -40,7 +40,7 @@ def head(params, feature, groups=4):
 
 def pcm_losses(student, teacher, heads, batch, unconditional, seed=0):
     """Consistency, the student's adversarial loss and the discriminator's, after the paper and not after this code."""
-    abar, conditioning = jnp.asarray(SCHEDULE.alphas_cumprod), batch.conditioning
+    abar, conditioning = SCHEDULE.alphas_cumprod, batch.conditioning
     segment = np.asarray(batch.trajectory_step) - 1
     t, edge = draw_timesteps(rng.stream(seed, "timesteps", 0), jnp.asarray(segment), 4), EDGES[segment]
     s = np.maximum(np.asarray(t) - 25, edge)

@@ -62,12 +62,15 @@ def test_states_at_the_start_are_the_noise_and_lead_to_the_teachers_x0(schedule,
     source = SourceContext(schedule, config, x0, x0, jax.random.key(1), jax.random.key(2))
     latents = jax.random.normal(jax.random.key(3), NOISE.shape)
     draws = Draws(jnp.zeros(N, jnp.int32), jnp.int32(2), NOISE, latents)
-    buffer = empty_buffer(N, LATENT_SHAPE) if STATE_SOURCES[name].uses_buffer else None
-    states, buffer = STATE_SOURCES[name].states(source, draws, buffer)
+    kind = STATE_SOURCES[name]
+    states, buffer = kind.states(source, draws, empty_buffer(N, LATENT_SHAPE) if kind.uses_buffer else None)
     np.testing.assert_array_equal(states.t_m, TOP)
     np.testing.assert_array_equal(states.z_m, NOISE)
-    np.testing.assert_allclose(states.z_n, moved(schedule, jnp.maximum(TOP - skip, 499)), atol=1e-5)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((states, buffer)))
+    if kind.makes_target:
+        np.testing.assert_allclose(states.z_n, moved(schedule, jnp.maximum(TOP - skip, 499)), atol=1e-5)
+    following, buffer = kind.states(source, draws._replace(trajectory_step=jnp.ones(N, jnp.int32)), buffer)
+    np.testing.assert_array_equal(following.t_m, HALF)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((states, following, buffer)))
 
 
 @pytest.mark.parametrize("name", SOLVERS)

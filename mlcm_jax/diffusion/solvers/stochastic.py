@@ -28,7 +28,7 @@ def added_noise(schedule: Schedule, t: Timesteps, s: Timesteps, growth: Callable
     """sigma_s sqrt(1 - (g(l_s) / g(l_t))^2), where l = sigma / alpha and g is ``growth``; 0 at s = t.
 
     In ER-SDE's terms phi(l) = l g(l) scales the noise, and l_s^2 - l_t^2 (phi(l_s) / phi(l_t))^2 is its variance before
-    alpha_s. (arXiv 2309.06169, eq. 13) At l = infinity, which a zero terminal SNR has, all of the noise is fresh.
+    alpha_s. (arXiv 2309.06169) At l = infinity, which a zero terminal SNR has, all of the noise is fresh.
     """
     (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(schedule, t), alpha_sigma(schedule, s)
     kept = growth(sigma_s / alpha_s) / growth(sigma_t / alpha_t)
@@ -41,7 +41,7 @@ def ddim_growth(ratio: Scale) -> Scale:
 
 
 def er_sde_growth(ratio: Scale) -> Scale:
-    """g(l) = exp(l^0.3) + 10: less noise the less there is, ER-SDE's own choice. (arXiv 2309.06169, sec. 4.3)"""
+    """g(l) = exp(l^0.3) + 10: less noise the less there is, ER-SDE's own choice. (arXiv 2309.06169)"""
     return jnp.exp(ratio**0.3) + 10
 
 

@@ -19,7 +19,7 @@ from mlcm_jax.types import Latents, Timesteps
 
 class AdversarialConsistency(FeatureCritic):
     """Fake is the student's answer at the boundary s, real is the target there. Both are noised on to the same s' in
-    [s, s + 1000 / M), with the same noise (arXiv 2405.18407, sec. 3.3)."""
+    [s, s + 1000 / M), with the same noise (arXiv 2405.18407)."""
 
     name: ClassVar[str] = "adversarial_consistency"
     reads_target: ClassVar[bool] = True

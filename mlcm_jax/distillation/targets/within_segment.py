@@ -10,7 +10,7 @@ from mlcm_jax.types import Timesteps
 def draw_end(key: Key[Array, ""], t_n: Timesteps, boundary: Timesteps) -> Timesteps:
     """Uniform over boundary <= t <= t_n, so that the teacher's state at t_n may be the target itself.
 
-    The student is not told: it goes there along the clean latents that it predicts (arXiv 2404.13686, eq. 9).
+    The student is not told: it goes there along the clean latents that it predicts (arXiv 2404.13686).
     """
     return jax.random.randint(key, t_n.shape, boundary, t_n + 1)
 
