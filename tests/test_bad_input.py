@@ -117,7 +117,7 @@ TRAIN = {
     ),
     "a wrong variant of stages": (
         ["--config=configs/emoji_full.py:first"],
-        ["'first'", "all, reward, matching"],
+        ["'first'", "all, gpu, reward, matching"],
     ),
 }
 
