@@ -121,7 +121,7 @@ def test_the_teachers_step_is_annealed_over_the_first_half():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"states": "streaming", "target_solver": "addim_data"}, "states='streaming' does not give"),
+        ({"states": "streaming", "target_solver": "addim_data"}, "states='streaming' has none"),
         ({"target_solver": "dpmpp_2m"}, "one of ddim, addim, addim_data"),
         ({"trajectory_solver": "addim_data"}, "one of ddim, dpmpp_2m, addim"),
         ({"skip": 4, "skip_end": 5}, "from 0 to 4"),

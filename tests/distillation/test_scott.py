@@ -145,7 +145,7 @@ def test_the_discriminator_reads_the_decoder_and_knows_time_and_text(architectur
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target_solver": "er_sde"}, "states='streaming' does not give"),
+        ({"target_solver": "er_sde"}, "states='streaming' has none"),
         ({"trajectory_solver": "ddim_sde"}, "one of ddim, dpmpp_2m, addim"),
         ({"target_noise": 1.5}, "from 0 to 1"),
         ({"adversarial.features": "middle"}, "one of encoder, decoder"),

@@ -31,7 +31,7 @@ def check(config: ConfigDict) -> None:
     check_rules(config, {"states": one_of(*STATE_SOURCES), "noise_offset": NOT_NEGATIVE})
     source = STATE_SOURCES[config.states]
     source.check(config)
-    if config.noise_offset and not source.gives_clean:
+    if config.noise_offset and not (source.gives_clean and source.makes_target):
         raise UserError(
             f"config.noise_offset needs states of noised latents, which states={config.states!r} does not give: set it "
             "to 0."
@@ -39,6 +39,6 @@ def check(config: ConfigDict) -> None:
     solver = SOLVERS[config.target_solver]
     if (solver.needs_clean or solver.adds_noise) and not source.gives_clean:
         raise UserError(
-            f"config.target_solver={config.target_solver!r} needs states of noised latents, which "
-            f"states={config.states!r} does not give: use ddim or addim."
+            f"config.target_solver={config.target_solver!r} needs clean latents that were noised, and "
+            f"states={config.states!r} has none: use ddim or addim."
         )
