@@ -1,6 +1,7 @@
 """What a run tells of itself: rates without what is no step's, slow steps, norms, and where else it goes."""
 
 import itertools
+import time
 from contextlib import closing
 from types import SimpleNamespace
 
@@ -138,7 +139,11 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     reported(config, tmp_path, [1.0, 0.5], wandb_run)
     (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert (tmp_path / "wandb_id").read_text() in written.name
-    assert all(name in written.read_bytes() for name in (b"loss", b"learning_rate", b"samples", b"num_segments"))
+    names, deadline = (b"loss", b"learning_rate", b"samples", b"num_segments"), time.monotonic() + 60
+    # A process of the package's own writes the file, on a busy machine some time after the run has ended.
+    while (missing := [name for name in names if name not in written.read_bytes()]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not missing
 
 
 def test_weights_and_biases_without_the_package(monkeypatch):
