@@ -22,7 +22,7 @@ def load_controlnet(folder: str | Path, pipeline: Pipeline, *, dtype: Any = jnp.
     folder, unet = Path(folder), pipeline.unet
     class_name = read_json(folder / "config.json").get("_class_name")
     if class_name != CLASS_NAME:
-        raise UserError(f"{folder} is a {class_name}, no {CLASS_NAME}: name the folder of a ControlNet.")
+        raise UserError(f"{folder} holds {class_name}, not {CLASS_NAME}: name the folder of a ControlNet.")
     module: Any
     module, config = build_module(folder, class_name, dtype)
     own: Any = unet.module

@@ -113,7 +113,7 @@ def test_the_program_draws_what_the_function_does(launch, sdxl_folder, pipeline,
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"_class_name": "T2IAdapter"}, "is a T2IAdapter, no ControlNetModel"),
+        ({"_class_name": "T2IAdapter"}, "holds T2IAdapter, not ControlNetModel"),
         ({"block_out_channels": [32, 32]}, "another UNet (block_out_channels: [32, 32], and the model has [32, 64])"),
         ({"layers_per_block": 2}, "layers_per_block: [2, 2], and the model has [1, 1]"),
         ({"addition_embed_type": None}, "addition_time_embed_dim: None, and the model has 8"),
