@@ -31,6 +31,7 @@ from mlcm_jax.outputs import atomic_write, check_file, check_image_file
 from mlcm_jax.rng import MAX_SEED
 from mlcm_jax.sampling.control import Control
 from mlcm_jax.sampling.decode import TILING
+from mlcm_jax.sampling.image_to_image import checked_strength
 from mlcm_jax.sampling.text_to_image import TextToImage
 from mlcm_jax.size_flags import flagged_size
 
@@ -42,6 +43,9 @@ TEXT = flags.DEFINE_string("text", None, "Folder of text encoders and tokenizers
 CONTROLNET = flags.DEFINE_multi_string("controlnet", None, "Folder of a ControlNetModel; give it again for more.")
 CONTROL_IMAGE = flags.DEFINE_multi_string("control_image", None, "The image that it follows, one for each ControlNet.")
 CONTROL_SCALE = flags.DEFINE_multi_float("control_scale", None, "How much it adds, one for each; default: 1.")
+IMAGE = flags.DEFINE_string("image", None, "An image to start from, for all prompts.")
+STRENGTH = flags.DEFINE_float("strength", None, "With --image: the part of the steps that is taken; default: 0.5.")
+MASK = flags.DEFINE_string("mask", None, "With --image: an image of its size, white where it is made new.")
 PROMPT = flags.DEFINE_multi_string("prompt", None, "Give it again for more images.")
 STEPS = flags.DEFINE_integer("steps", 4, "Sampling steps.")
 SCHEDULER = flags.DEFINE_enum("scheduler", None, list(SAMPLERS), "In place of the model's own, from its settings.")
@@ -111,6 +115,9 @@ def main():
     if SAVE_LATENTS.value:
         check_file("save_latents", SAVE_LATENTS.value, ".npy")
     prompts, followed = asked_prompts(), control_images()
+    image = open_image(IMAGE.value) if IMAGE.value else None
+    mask = open_image(MASK.value, "L") if MASK.value else None
+    checked_strength(image, STRENGTH.value, mask)
     for entry in LORA.value or []:
         parse_lora(entry)  # answers a mistake before the model is read
     pipeline = load_model(DTYPE.value)
@@ -141,6 +148,9 @@ def main():
         latents=noise,
         eta=ETA.value,
         controls=controls,
+        image=image,
+        strength=STRENGTH.value,
+        mask=mask,
         vae_tiling=VAE_TILING.value,
     )
     n = len(images)

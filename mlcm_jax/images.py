@@ -38,6 +38,12 @@ def open_image(path: str | Path, mode: str = "RGB") -> Image.Image:
         raise UserError(f"{path} cannot be read as an image ({reason}): replace it or take it away.") from None
 
 
+def resized(image: Image.Image, size: tuple[int, int], mode: str = "RGB") -> UInt8[np.ndarray, "H W *c"]:
+    """An image at ``size``, height and width, as diffusers' image processors resize it (Lanczos); mode: Pillow's."""
+    height, width = size
+    return np.asarray(image.resize((width, height), resample=Image.Resampling.LANCZOS).convert(mode))
+
+
 def image_grid(images: UInt8[np.ndarray, "n H W 3"], columns: int, gap: int = 2) -> UInt8[np.ndarray, "H2 W2 3"]:
     """Lay images out row by row on white, ``gap`` pixels apart."""
     n, height, width, _ = images.shape

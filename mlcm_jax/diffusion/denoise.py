@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mlcm_jax.diffusion.parameterization import convert_output
-from mlcm_jax.diffusion.samplers import StepTable
+from mlcm_jax.diffusion.step_table import StepTable
 from mlcm_jax.errors import UserError
 from mlcm_jax.types import AnyKey, Latents
 
@@ -31,16 +31,31 @@ def denoise(
     table: dict[str, Array],
     latents: Latents,
     rng: AnyKey | None,
+    image: Float[Array, "#n h w c"] | None = None,
+    mask: Float[Array, "#n h w 1"] | None = None,
 ) -> Float[Array, "n h w c"]:
     """Denoise standard normal ``latents`` by a table (``StepTable.arrays``, which may be traced).
 
-    network: (latents, timesteps[n]) -> output, guided already. rng: None where the sampler adds no noise.
+    network: (latents, timesteps[n]) -> output, guided already. rng: None where the sampler adds no noise. image: clean
+    latents to start from, of a table that is made ``from_image``. mask: 1 where they are made new; where it is 0 each
+    step is followed by the image with the noise ``latents`` at the next step's level, and the last by the image.
     """
     columns = {name: column for name, column in table.items() if column.ndim}
+    noise = latents.astype(jnp.float32)
+
+    def row_of(i):
+        return {name: column[i] for name, column in columns.items()}
+
+    def known(i, image):
+        def noised():
+            level = row_of(i)
+            return (level["alpha"] * image + level["sigma"] * noise) / level["input_scale"]
+
+        return jax.lax.cond(i < table["num_calls"], noised, lambda: jnp.broadcast_to(image, noise.shape))
 
     def step(i, histories):
         samples, older_x0, older_eps = histories
-        row = {name: column[i] for name, column in columns.items()}
+        row = row_of(i)
         x = row["input_scale"] * samples[0]
         output = network(x, jnp.broadcast_to(row["timesteps"], x.shape[:1]))
         prediction = convert_output(prediction_type, output, x, row["alpha"], row["sigma"])
@@ -49,9 +64,13 @@ def denoise(
         x = _weighted(row["sample"], samples) + _weighted(row["x0"], x0s) + _weighted(row["eps"], all_eps)
         if rng is not None:
             x = x + row["noise"] * jax.random.normal(jax.random.fold_in(rng, i), x.shape)
+        if image is not None and mask is not None:
+            x = mask * x + (1 - mask) * known(i + 1, image)
         return (x, *samples[:-1]), x0s[: len(older_x0)], all_eps[: len(older_eps)]
 
-    first = table["init_noise_sigma"] * latents.astype(jnp.float32)
+    first = table["init_noise_sigma"] * noise
+    if image is not None:
+        first = first + table["init_image"] * image
     zeros = jnp.zeros_like(first)
     widths = (columns[name].shape[1] for name in ("sample", "x0", "eps"))
     older_samples, older_x0, older_eps = ((zeros,) * max(width - 1, 0) for width in widths)

@@ -3,74 +3,59 @@
 A sampler here is a function that fills a ``StepTable``; mlcm_jax.diffusion.denoise runs any table.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mlcm_jax.diffusion.schedule import alphas_cumprod_table
 from mlcm_jax.diffusion.scheduler_config import LAST_TIMESTEP, NUM_TRAIN_TIMESTEPS, read_sampler_config
+from mlcm_jax.diffusion.step_table import StepTable
 from mlcm_jax.errors import UserError
 from mlcm_jax.json_config import ConfigValues
 
-MAX_CALLS = NUM_TRAIN_TIMESTEPS + 1  # PNDM calls the network once more than there are steps
-
-
-class StepTable(NamedTuple):
-    """One row a network call: x_{i+1} = sum_j sample_ij x_{i-j} + x0_ij x0_{i-j} + eps_ij eps_{i-j} + noise_i n_i.
-
-    The network is given input_scale_i x_i at timesteps_i; alpha_i and sigma_i are the noise level of that input, by
-    which its output, of prediction_type, becomes x0_i and eps_i; x0 is clipped to +-clip_range. n_i is fresh normal
-    noise.
-    The first x is init_noise_sigma times standard normal noise.
-    """
-
-    timesteps: np.ndarray
-    alpha: np.ndarray
-    sigma: np.ndarray
-    sample: np.ndarray
-    x0: np.ndarray
-    eps: np.ndarray
-    noise: np.ndarray
-    input_scale: np.ndarray
-    init_noise_sigma: float = 1.0
-    clip_range: float = np.inf
-    prediction_type: str = "epsilon"
-
-    @property
-    def arrays(self) -> dict[str, jax.Array]:
-        """The numbers as arguments of a compiled program: the columns, padded to one length whatever the number of
-        steps, float32 (timesteps keep their type), and with them num_calls, init_noise_sigma and clip_range."""
-        columns = {k: v for k, v in self._asdict().items() if isinstance(v, np.ndarray)}
-        missing = MAX_CALLS - len(self.timesteps)
-        padded = {k: np.pad(v, [(0, missing)] + [(0, 0)] * (v.ndim - 1)) for k, v in columns.items()}
-        arrays = {k: jnp.asarray(v, None if k == "timesteps" else jnp.float32) for k, v in padded.items()}
-        scalars = {k: jnp.float32(v) for k, v in self._asdict().items() if isinstance(v, float)}
-        return arrays | scalars | {"num_calls": jnp.int32(len(self.timesteps))}
-
 
 class Levels(NamedTuple):
-    """alphas_cumprod[1000] in float64, the number of steps asked for, and TCD's eta."""
+    """alphas_cumprod[1000] in float64, the number of steps asked for, TCD's eta, and the first call that is made."""
 
     alphas_cumprod: np.ndarray
     num_steps: int
     eta: float
+    start: int
 
 
-def step_table(scheduler_config: dict[str, Any], num_steps: int, eta: float | int = 0.0) -> StepTable:
-    """The whole sampler as numbers. Raises UserError as ``sample`` does."""
+def step_table(
+    scheduler_config: dict[str, Any], num_steps: int, eta: float | int = 0.0, strength: float | int = 1.0
+) -> StepTable:
+    """The whole sampler as numbers. Raises UserError as ``sample`` does.
+
+    strength: 0 to 1, the part of the steps that is taken, the last ones, as diffusers' image-to-image pipelines take
+    them.
+    """
     config = read_sampler_config(scheduler_config)
     if not 1 <= num_steps <= NUM_TRAIN_TIMESTEPS:
         raise UserError(f"num_steps={num_steps} is not possible: choose 1 to {NUM_TRAIN_TIMESTEPS}.")
     if (eta and config.class_name != "TCDScheduler") or not 0 <= eta <= 1:
         raise UserError(f"{config.class_name} with eta={eta} is not supported: use 0 (TCDScheduler: 0 to 1).")
-    levels = Levels(alphas_cumprod_table(scheduler_config).astype(np.float64), num_steps, eta)
+    start = num_steps - _taken(num_steps, strength)
+    levels = Levels(alphas_cumprod_table(scheduler_config).astype(np.float64), num_steps, eta, start)
     # alpha = 0 at the start of a zero terminal SNR schedule: the weights that divide by it are never used
     with np.errstate(divide="ignore", invalid="ignore"):
         table = SAMPLERS[config.class_name](config, levels)
     return table._replace(prediction_type=config["prediction_type"])
+
+
+def _taken(num_steps: int, strength: float | int) -> int:
+    if not 0 <= strength <= 1:
+        raise UserError(f"strength={strength} cannot work: use a number above 0, and 1 at most.")
+    taken = int(num_steps * strength)
+    if not taken:
+        raise UserError(
+            f"strength={strength} leaves none of {num_steps} steps: use {math.ceil(1000 / num_steps) / 1000} or more, "
+            "or more steps."
+        )
+    return taken
 
 
 def _columns(*columns) -> np.ndarray:
@@ -125,7 +110,7 @@ def _final_alphas_cumprod(config: ConfigValues, levels: Levels) -> float:
 
 def _ddim(config: ConfigValues, levels: Levels) -> StepTable:
     """arXiv 2010.02502 eq. 12 with eta = 0."""
-    times = np.round(_spaced(config, levels.num_steps)).astype(int)
+    times = np.round(_spaced(config, levels.num_steps)).astype(int)[levels.start :]
     now = levels.alphas_cumprod[times]
     later = _at(levels, times - NUM_TRAIN_TIMESTEPS // levels.num_steps, _final_alphas_cumprod(config, levels))
     clip_range = config["clip_sample_range"] if config["clip_sample"] else np.inf
@@ -150,7 +135,7 @@ PLMS_WEIGHTS = np.array(
 def _pndm(config: ConfigValues, levels: Levels) -> StepTable:
     """Pseudo linear multistep without Runge-Kutta warm-up (arXiv 2202.09778 eq. 9 and 12)."""
     spaced = np.round(_spaced(config, levels.num_steps)).astype(int)
-    times = np.insert(spaced, 1, spaced[1:2])
+    times = np.insert(spaced, 1, spaced[1:2])[levels.start :]
     calls = np.arange(len(times))
     repeats = calls == 1
     stride = NUM_TRAIN_TIMESTEPS // levels.num_steps
@@ -176,7 +161,7 @@ def _euler(config: ConfigValues, levels: Levels) -> StepTable:
     The step to s is x0 + s eps: the same as x + (s - sigma) eps, which would lose x0 in the rounding of x where sigma
     is 4096, at the start of a zero terminal SNR schedule.
     """
-    times = _spaced(config, levels.num_steps)
+    times = _spaced(config, levels.num_steps)[levels.start :]
     sigmas = _sigmas(config, levels, times)
     alphas_cumprod = 1 / (1 + sigmas[:-1] ** 2)
     table = _table(
@@ -191,20 +176,20 @@ def _euler(config: ConfigValues, levels: Levels) -> StepTable:
     return table._replace(init_noise_sigma=float(np.hypot(largest, 1) if leading else largest))
 
 
-def _distilled_times(config: ConfigValues, num_steps: int) -> np.ndarray:
-    original = config["original_inference_steps"]
+def _distilled_times(config: ConfigValues, levels: Levels) -> np.ndarray:
+    num_steps, original = levels.num_steps, config["original_inference_steps"]
     if not num_steps <= original <= NUM_TRAIN_TIMESTEPS:
         raise UserError(
             f"num_steps={num_steps} is not possible with {config.class_name}'s original_inference_steps={original}: "
             f"choose num_steps <= original_inference_steps <= {NUM_TRAIN_TIMESTEPS}."
         )
     trained = np.arange(original, 0, -1) * (NUM_TRAIN_TIMESTEPS // original) - 1
-    return trained[np.floor(np.linspace(0, original, num_steps, endpoint=False)).astype(int)]
+    return trained[np.floor(np.linspace(0, original, num_steps, endpoint=False)).astype(int)][levels.start :]
 
 
 def _tcd(config: ConfigValues, levels: Levels) -> StepTable:
     """Jumps from edge to edge, the last one to timestep 0; eta > 0 goes deeper and noises back (arXiv 2402.19159)."""
-    times = _distilled_times(config, levels.num_steps)
+    times = _distilled_times(config, levels)
     later = np.append(times[1:], 0)
     deeper = np.floor(np.float32(1 - levels.eta) * later.astype(np.float32)).astype(int)
     target, reached = levels.alphas_cumprod[later], levels.alphas_cumprod[deeper]
@@ -220,7 +205,7 @@ def _tcd(config: ConfigValues, levels: Levels) -> StepTable:
 
 def _lcm(config: ConfigValues, levels: Levels) -> StepTable:
     """Predict x0, noise it to the next timestep (arXiv 2310.04378 alg. 3); the last prediction is kept as it is."""
-    times = _distilled_times(config, levels.num_steps)
+    times = _distilled_times(config, levels)
     scaled = times * config["timestep_scaling"]
     sigma_data = 0.5
     skip = sigma_data**2 / (scaled**2 + sigma_data**2)
@@ -254,13 +239,14 @@ def _dpm_times(config: ConfigValues, levels: Levels) -> np.ndarray:
 def _dpm_solver_multistep(config: ConfigValues, levels: Levels) -> StepTable:
     """DPM-Solver++ 1S and 2M, midpoint (arXiv 2211.01095 alg. 2)."""
     times = _dpm_times(config, levels)
+    short = config["lower_order_final"] and len(times) < 15
+    times = times[levels.start :]
     sigmas = _sigmas(config, levels, times)
     alpha = 1 / np.sqrt(1 + sigmas**2)
     sigma, half_log_snr = sigmas * alpha, -np.log(sigmas)
     width = np.diff(half_log_snr)
     slope = 0.5 * width / np.append(np.inf, width[:-1])
     slope[0] = 0
-    short = config["lower_order_final"] and len(times) < 15
     if config["euler_at_final"] or short or config["final_sigmas_type"] == "zero":
         slope[-1] = 0
     if config["solver_order"] == 1:

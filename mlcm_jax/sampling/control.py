@@ -9,6 +9,7 @@ from PIL import Image
 
 from mlcm_jax.hub.pipeline import Network
 from mlcm_jax.image_size import ImageSize
+from mlcm_jax.images import resized
 from mlcm_jax.models.controlnet import Controlled, ControlledUNet
 from mlcm_jax.types import TextConditioning
 
@@ -31,11 +32,9 @@ def controlled_unet(unet: Network, controls: Sequence[Control]) -> Network:
 
 def controlled(text: TextConditioning, controls: Sequence[Control], image_size: ImageSize) -> Controlled:
     """A text's conditioning with the images at the size of the samples, resized as diffusers' pipelines do."""
-    n, (height, width) = len(text.hidden_states), image_size
-    images, scales = [], []
+    n, images, scales = len(text.hidden_states), [], []
     for control in controls:
-        resized = control.image.resize((width, height), resample=Image.Resampling.LANCZOS).convert("RGB")
-        image = np.asarray(resized, np.float32) / 255
+        image = resized(control.image, image_size).astype(np.float32) / 255
         images.append(jnp.broadcast_to(image, (n, *image.shape)))
         scales.append(jnp.full(n, control.scale, jnp.float32))
     return Controlled(text, tuple(images), tuple(scales))

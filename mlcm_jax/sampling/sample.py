@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,17 @@ from mlcm_jax.types import HostLatents, Latents, Params, TextConditioning
 
 Conditioning = TextConditioning | Controlled  # the second of a UNet with ControlNets
 DISTILLED = ("TCDScheduler", "LCMScheduler")
+
+
+class ImageStart(NamedTuple):
+    """An image that sampling starts from.
+
+    latents: clean and scaled. strength: 0 to 1, the part of the steps that is taken. mask: 1 where it is made new.
+    """
+
+    latents: Float[np.ndarray, "1 h w c"]
+    strength: float
+    mask: Float[np.ndarray, "1 h w 1"] | None = None
 
 
 def default_guidance_scale(pipeline: Pipeline) -> float:
@@ -50,6 +61,8 @@ def sampling_program(
     unconditional,
     guidance_scale,
     rng,
+    image=None,
+    mask=None,
 ):
     """What ``sample_latents`` runs."""
     predict = partial(module.apply, variables)
@@ -62,7 +75,7 @@ def sampling_program(
             return predict(x, timesteps, conditioning, timestep_cond)
         return guided_predict(predict, x, timesteps, conditioning, unconditional, guidance_scale)
 
-    return denoise(network, prediction_type, table, latents, rng)
+    return denoise(network, prediction_type, table, latents, rng, image, mask)
 
 
 def sample_latents(
@@ -77,18 +90,23 @@ def sample_latents(
     variables: Params | None = None,
     rng: Array | None = None,
     eta: float = 0.0,
+    start: ImageStart | None = None,
 ) -> Latents:
     """Clean latents (scaled, float32) from standard normal noise; one program serves every number of steps.
 
     guidance_scale: a value <= 1 means no unconditional call; a network with ``time_cond_proj_dim`` takes it
     instead. variables: instead of {"params": unet.params}. rng: a key for samplers that add noise. eta: 0 to 1, how
-    much of it TCDScheduler adds. Raises UserError for a scheduler or number of steps that is not supported.
+    much of it TCDScheduler adds. start: an image to start from; as in diffusers, one with a mask and a strength of 1
+    starts from the noise alone. Raises UserError for a scheduler, number of steps or strength that is not supported.
     """
-    table, width = step_table(scheduler_config, num_steps, eta), _guidance_width(unet)
+    table, width = step_table(scheduler_config, num_steps, eta, start.strength if start else 1.0), _guidance_width(unet)
+    if start and (start.mask is None or start.strength < 1):
+        table = table.from_image()
     scale = jnp.float32(guidance_scale) if width or guidance_scale > 1 else None
     variables = {"params": unet.params} if variables is None else variables
     args = (table.arrays, variables, latents, conditioning, unconditional, scale, noise_rng(table, rng))
-    return sampling_program(unet.module, table.prediction_type, width, *args)
+    edited = (start.latents, start.mask) if start else ()
+    return sampling_program(unet.module, table.prediction_type, width, *args, *edited)
 
 
 def draw_noise(seed: int, n: int, latent_shape: Sequence[int]) -> Latents:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 
 from mlcm_jax.diffusion.samplers import step_table
 from mlcm_jax.hub.pipeline import Pipeline
@@ -14,6 +15,7 @@ from mlcm_jax.rng import seed_key
 from mlcm_jax.sampling.conditioning import encode_prompts, unconditional
 from mlcm_jax.sampling.control import Control, controlled, controlled_unet
 from mlcm_jax.sampling.decode import decode, in_tiles
+from mlcm_jax.sampling.image_to_image import checked_strength, image_start
 from mlcm_jax.sampling.sample import default_guidance_scale, draw_noise, sample_latents
 from mlcm_jax.types import Latents
 
@@ -45,6 +47,9 @@ class TextToImage:
         latents: Latents | None = None,
         eta: float = 0.0,
         controls: Sequence[Control] = (),
+        image: Image.Image | None = None,
+        strength: float | None = None,
+        mask: Image.Image | None = None,
         vae_tiling: str = "auto",
     ) -> UInt8[np.ndarray, "n H W 3"]:
         """An image of each prompt; the arguments are those of ``sample``. vae_tiling: as ``decode`` takes it."""
@@ -52,7 +57,9 @@ class TextToImage:
         in_tiles(self.pipeline.vae, noise, vae_tiling)  # answers a mistake before anything is compiled
         guidance = {"guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
         settings = {"num_steps": num_steps, "seed": seed, "eta": eta, "controls": controls}
-        return decode(self.pipeline.vae, self.sample(prompts, latents=noise, **settings, **guidance), vae_tiling)
+        start = {"image": image, "strength": strength, "mask": mask}
+        latents = self.sample(prompts, latents=noise, **settings, **guidance, **start)
+        return decode(self.pipeline.vae, latents, vae_tiling)
 
     def sample(
         self,
@@ -66,6 +73,9 @@ class TextToImage:
         latents: Latents | None = None,
         eta: float = 0.0,
         controls: Sequence[Control] = (),
+        image: Image.Image | None = None,
+        strength: float | None = None,
+        mask: Image.Image | None = None,
     ) -> Latents:
         """Clean latents of each prompt, scaled, by the pipeline's own scheduler.
 
@@ -73,13 +83,17 @@ class TextToImage:
         guidance scale above 1 leads away from; "": what the pipeline does without one. latents: initial noise,
         scaled to unit variance, instead of that of ``seed`` and ``image_size``; one prompt serves all of it.
         eta: 0 to 1, the noise that TCDScheduler adds. controls: ControlNets, each with the image that it follows.
+        image: what to start from, for all prompts, with the noise of the first step that is taken. strength: 0 to 1,
+        the part of the steps that is taken; None: 0.5. mask: white where the image is made new.
         Raises UserError, before anything is compiled, for a number of steps or a size that cannot work.
         """
         noise, pipeline = self._start(prompts, seed, image_size, latents), self.pipeline
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         n, height, width, _ = noise.shape
         size = height * pipeline.downscale, width * pipeline.downscale
-        step_table(pipeline.scheduler_config, num_steps, eta)  # answers a mistake before prompts are encoded
+        strength = checked_strength(image, strength, mask)
+        step_table(pipeline.scheduler_config, num_steps, eta, strength)  # answers a mistake before prompts are encoded
+        start = None if image is None else image_start(pipeline, image, strength, mask, size)
         unet, negative = pipeline.unet, unconditional(pipeline, n, size, negative_prompt)
         conditioning = encode_prompts(pipeline, prompts if len(prompts) == n else prompts * n, size)
         if controls:
@@ -95,6 +109,7 @@ class TextToImage:
             num_steps=num_steps,
             rng=jax.random.fold_in(seed_key(seed), SAMPLER_STREAM),
             eta=eta,
+            start=start,
         )
 
     def _start(
