@@ -265,6 +265,25 @@ def test_fused_into_a_pipeline_with_its_text_encoder(sdxl_folder, tree, tmp_path
         with_loras(pipeline, [f"{file}:strong"])
 
 
+def test_styles_on_a_students_lora_equal_set_adapters(sdxl_folder, unet, shapes, tree, tmp_path):
+    """A student's LoRA and two more, each with its weight, one of them in kohya's naming."""
+    pipe = StableDiffusionXLPipeline.from_pretrained(sdxl_folder, local_files_only=True)
+    scales = {"student": 1.0, "ink": 0.8, "flat": -0.3}
+    for i, name in enumerate(scales):
+        turned = jax.tree.map(lambda leaf, i=i: jnp.roll(leaf, i, axis=-1) * (1 + i), tree)
+        naming = {"naming": "kohya", "unet_shapes": shapes} if name == "ink" else {}
+        file = save_lora(turned, tmp_path / f"{name}.safetensors", **naming)
+        pipe.load_lora_weights(str(file), adapter_name=name)
+    pipe.set_adapters(list(scales), list(scales.values()))
+    together = torch_output(pipe.unet)
+    pipe.set_adapters(list(scales), [1.0, 0.0, 0.0])
+    alone = torch_output(pipe.unet)
+    fused = with_loras(load_pipeline(sdxl_folder), [f"{tmp_path / name}.safetensors:{s}" for name, s in scales.items()])
+    size = np.abs(together).max()
+    assert np.abs(together - alone).max() > 0.05 * size
+    np.testing.assert_allclose(flax_output(unet, fused.unet.params) / size, together / size, atol=1e-4)
+
+
 def test_a_students_folder_brings_its_sampler(sdxl_folder, tree, tmp_path):
     pipeline = load_pipeline(sdxl_folder)
     file = save_lora(tree, tmp_path)
