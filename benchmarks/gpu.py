@@ -173,7 +173,10 @@ def get_ready(workers: list[Worker], report: Report, deadline: float) -> list[Wo
 
 
 def measure(worker: Worker, report: Report, deadline: float) -> None:
-    """A worker's turn."""
+    """A worker's turn; none after the deadline."""
+    if time.monotonic() >= deadline:
+        report.fail(worker.name, f"{worker.name}: out of time before its turn")
+        return
     with_torch = TORCH_ROWS.value is None or worker.name in TORCH_ROWS.value
     sides = ["torch"] * with_torch + ["torch.compile"] * (with_torch and TORCH_COMPILE.value)
     worker.turn({"deadline": deadline, "torch": sides})
