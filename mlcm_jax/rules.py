@@ -17,6 +17,7 @@ class Rule(NamedTuple):
 
 POSITIVE = Rule(lambda v: v > 0, "above 0")
 NOT_NEGATIVE = Rule(lambda v: v >= 0, "0 or more")
+EVEN = Rule(lambda v: v >= 2 and v % 2 == 0, "an even number above 0")
 GIVEN = Rule(bool, "given")
 
 

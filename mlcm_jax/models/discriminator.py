@@ -35,7 +35,8 @@ class DiscriminatorHeads(nn.Module):
         return logits.astype(jnp.float32)
 
 
-PARTS = {"encoder": ("down_blocks_", "mid_block"), "decoder": ("up_blocks_",)}  # of a UNet: how its blocks' names begin
+# Of a UNet: how the names of a part's blocks begin.
+PARTS = {"encoder": ("down_blocks_", "mid_block"), "middle": ("mid_block",), "decoder": ("up_blocks_",)}
 
 
 class PairHead(nn.Module):
@@ -60,16 +61,6 @@ def block_features(intermediates: Mapping[str, Any], part: str) -> dict[str, Fea
     blocks = [name for start in PARTS[part] for name in sorted(intermediates) if name.startswith(start)]
     outputs = {name: intermediates[name]["__call__"][0] for name in blocks}
     return {name: output[0] if isinstance(output, tuple) else output for name, output in outputs.items()}
-
-
-def bottleneck(intermediates: Mapping[str, Any]) -> dict[str, Feature]:
-    """What a UNet's middle block returned, as ``block_features`` has it."""
-    return {"mid_block": intermediates["mid_block"]["__call__"][0]}
-
-
-def is_bottleneck(module: nn.Module, method: str) -> bool:
-    """Filter for flax's capture_intermediates: the call whose output ``bottleneck`` takes."""
-    return method == "__call__" and module.name == "mid_block" and len(module.path) == 1
 
 
 def is_block(module: nn.Module, method: str, *, part: str) -> bool:

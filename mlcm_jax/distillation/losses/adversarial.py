@@ -14,7 +14,6 @@ from mlcm_jax.distillation.losses.feature_critic import (
     mean_of_heads,
     require_clean_latents,
 )
-from mlcm_jax.models.discriminator import PARTS
 from mlcm_jax.rules import check_rules, one_of
 from mlcm_jax.types import Latents
 
@@ -27,7 +26,7 @@ class Adversarial(FeatureCritic):
     @classmethod
     def check(cls, config: ConfigDict) -> None:
         super().check(config)
-        check_rules(config, {"adversarial.features": one_of(*PARTS)})
+        check_rules(config, {"adversarial.features": one_of("encoder", "decoder")})
         if cls.is_active(config):
             require_clean_latents(config, cls.name)
 

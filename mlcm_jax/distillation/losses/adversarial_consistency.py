@@ -12,7 +12,6 @@ from mlcm_jax.diffusion.parameterization import noise_further
 from mlcm_jax.diffusion.scheduler_config import LAST_TIMESTEP
 from mlcm_jax.distillation.losses.base import LossInputs
 from mlcm_jax.distillation.losses.feature_critic import FeatureCritic, Logits, discriminator_loss, mean_of_heads
-from mlcm_jax.distillation.targets import TARGETS
 from mlcm_jax.errors import UserError
 from mlcm_jax.types import Latents, Timesteps
 
@@ -35,16 +34,12 @@ class AdversarialConsistency(FeatureCritic):
             )
 
     def __call__(self, critic, inputs):
-        return hinge_generator_loss(self._noised_on(critic, inputs, self._answer(inputs))), {}
+        return hinge_generator_loss(self._noised_on(critic, inputs, self.answer(inputs))), {}
 
     def critic_loss(self, critic, inputs):
-        answers = inputs.examples.target, self._answer(inputs)
+        answers = inputs.examples.target, self.answer(inputs)
         real, fake = (self._noised_on(critic, inputs, latents) for latents in answers)
         return discriminator_loss(real, fake)
-
-    def _answer(self, inputs: LossInputs) -> Latents:
-        examples, target = inputs.examples, TARGETS[self.context.config.target]
-        return target.consistency_function(self.context.schedule, examples.z, inputs.x0, examples.t, examples.boundary)
 
     def _noised_on(self, critic, inputs: LossInputs, latents: Latents) -> list[Array]:
         examples = inputs.examples

@@ -16,6 +16,7 @@ from mlcm_jax.distillation.context import DistillationContext
 from mlcm_jax.distillation.frozen_networks import Load
 from mlcm_jax.distillation.microbatches import LossFn, value_and_grad
 from mlcm_jax.distillation.state import Critic, Frozen
+from mlcm_jax.distillation.targets import TARGETS
 from mlcm_jax.hub.pipeline import Pipeline
 from mlcm_jax.rules import NOT_NEGATIVE, check_rules
 from mlcm_jax.types import Condition, Latents, Params, TextConditioning, Timesteps
@@ -92,6 +93,11 @@ class Loss:
     def __call__(self, critic: Params, inputs: LossInputs) -> tuple[Float[Array, ""], Metrics]:
         """What the student minimises, before the weight, and what is reported beside it. critic: {} where none is."""
         raise NotImplementedError
+
+    def answer(self, inputs: LossInputs) -> Latents:
+        """The student's answer, where it is compared with the target."""
+        examples, target = inputs.examples, TARGETS[self.context.config.target]
+        return target.consistency_function(self.context.schedule, examples.z, inputs.x0, examples.t, examples.boundary)
 
     def init_critic(self, key: Key[Array, ""], student: Params, shapes: CriticShapes) -> Params:
         """The critic's weights at the start, float32. student: trained weights that leave the student the teacher."""

@@ -10,7 +10,6 @@ from mlcm_jax.distillation.distances import DISTANCES, Answers
 from mlcm_jax.distillation.frozen_networks import Load
 from mlcm_jax.distillation.losses.base import Loss, LossInputs
 from mlcm_jax.distillation.states import STATE_SOURCES
-from mlcm_jax.distillation.targets import TARGETS
 from mlcm_jax.hub.pipeline import Pipeline
 
 
@@ -36,8 +35,6 @@ class Consistency(Loss):
         return DISTANCES[config.distance].networks(config, architecture)
 
     def __call__(self, critic, inputs: LossInputs):
-        config, examples = self.context.config, inputs.examples
-        consistency_function = TARGETS[config.target].consistency_function
-        prediction = consistency_function(self.context.schedule, examples.z, inputs.x0, examples.t, examples.boundary)
-        answers = Answers(prediction, examples.target, examples.t, examples.boundary)
-        return DISTANCES[config.distance].measure(self.context, answers, inputs.frozen.networks).mean(), {}
+        examples, distance = inputs.examples, DISTANCES[self.context.config.distance]
+        answers = Answers(self.answer(inputs), examples.target, examples.t, examples.boundary)
+        return distance.measure(self.context, answers, inputs.frozen.networks).mean(), {}

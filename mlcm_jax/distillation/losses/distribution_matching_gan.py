@@ -1,5 +1,6 @@
 """Distribution matching with a discriminator on the fake score's bottleneck (DMD2, arXiv 2405.14867, sec. 4.3)."""
 
+from functools import partial
 from typing import ClassVar, cast
 
 import jax
@@ -12,7 +13,7 @@ from mlcm_jax.distillation.losses.base import LossInputs, renoise
 from mlcm_jax.distillation.losses.distribution_matching import DistributionMatching, fake_score_loss
 from mlcm_jax.distillation.losses.feature_critic import Logits, require_clean_latents
 from mlcm_jax.distillation.state import student_variables
-from mlcm_jax.models.discriminator import DiscriminatorHeads, bottleneck, is_bottleneck
+from mlcm_jax.models.discriminator import DiscriminatorHeads, block_features, is_block
 from mlcm_jax.rules import NOT_NEGATIVE, POSITIVE, check_rules
 from mlcm_jax.types import Condition, Latents, Params, Timesteps
 
@@ -68,9 +69,9 @@ class DistributionMatchingGAN(DistributionMatching):
 
     def _output_and_features(self, score: Params, teacher: Params, z: Latents, t: Timesteps, condition: Condition):
         variables = student_variables(score, teacher, self.context.config)
-        options = {"capture_intermediates": is_bottleneck, "mutable": ["intermediates"]}
+        options = {"capture_intermediates": partial(is_block, part="middle"), "mutable": ["intermediates"]}
         output, captured = self.context.student_output(variables, z, t, condition, **options)
-        return output, bottleneck(captured["intermediates"])
+        return output, block_features(captured["intermediates"], "middle")
 
     def _output_and_logits(
         self, critic: Params, inputs: LossInputs, z: Latents, t: Timesteps

@@ -13,7 +13,7 @@ from mlcm_jax.distillation.losses.base import Loss, LossInputs
 from mlcm_jax.distillation.states import STATE_SOURCES
 from mlcm_jax.errors import UserError
 from mlcm_jax.models.discriminator import DiscriminatorHeads, block_features, is_block
-from mlcm_jax.rules import POSITIVE, Rule, check_rules
+from mlcm_jax.rules import EVEN, POSITIVE, check_rules
 from mlcm_jax.types import Latents, Timesteps
 
 # logits of one head: any shape with the batch first
@@ -30,8 +30,7 @@ class FeatureCritic(Loss):
     @classmethod
     def check(cls, config: ConfigDict) -> None:
         super().check(config)
-        even = Rule(lambda v: v >= 2 and v % 2 == 0, "an even number above 0")
-        rules = {"learning_rate": POSITIVE, "updates": POSITIVE, "width": even}
+        rules = {"learning_rate": POSITIVE, "updates": POSITIVE, "width": EVEN}
         check_rules(config, {f"{cls.name}.{key}": rule for key, rule in rules.items()})
 
     def init_critic(self, key, student, shapes):

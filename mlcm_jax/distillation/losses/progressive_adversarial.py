@@ -4,6 +4,7 @@ A discriminator tells the student's state at the end of the segment from the tea
 at, or, relaxed, by the end state alone.
 """
 
+from functools import partial
 from typing import ClassVar, cast
 
 import jax
@@ -13,10 +14,10 @@ from ml_collections import ConfigDict
 
 from mlcm_jax.distillation.losses.base import Loss, LossInputs
 from mlcm_jax.distillation.losses.distribution_matching_gan import logistic_loss
-from mlcm_jax.distillation.targets import BOUNDARY, TARGETS
+from mlcm_jax.distillation.targets import BOUNDARY
 from mlcm_jax.errors import UserError
-from mlcm_jax.models.discriminator import PairHead, bottleneck, is_bottleneck
-from mlcm_jax.rules import POSITIVE, Rule, check_rules
+from mlcm_jax.models.discriminator import PairHead, block_features, is_block
+from mlcm_jax.rules import EVEN, POSITIVE, check_rules
 from mlcm_jax.types import Latents, Params, Timesteps
 
 DECODER = ("up_blocks", "conv_norm_out", "conv_out")  # what a discriminator has not of a UNet
@@ -34,8 +35,7 @@ class ProgressiveAdversarial(Loss):
     @classmethod
     def check(cls, config: ConfigDict) -> None:
         super().check(config)
-        even = Rule(lambda v: v >= 2 and v % 2 == 0, "an even number above 0")
-        rates = {f"{cls.name}.learning_rate": POSITIVE, f"{cls.name}.updates": POSITIVE, f"{cls.name}.width": even}
+        rates = {f"{cls.name}.learning_rate": POSITIVE, f"{cls.name}.updates": POSITIVE, f"{cls.name}.width": EVEN}
         check_rules(config, rates)
         if cls.is_active(config) and not (config.target == "boundary" and BOUNDARY.is_teachers_state(config)):
             raise UserError(
@@ -45,7 +45,7 @@ class ProgressiveAdversarial(Loss):
 
     def __call__(self, critic, inputs):
         """softplus(-logits) of the student's state: the non-saturating loss."""
-        return jax.nn.softplus(-self._logits(critic, inputs, self._answer(inputs))).mean(), {}
+        return jax.nn.softplus(-self._logits(critic, inputs, self.answer(inputs))).mean(), {}
 
     def init_critic(self, key, student, shapes):
         t = jax.ShapeDtypeStruct(shapes.latents.shape[:1], jnp.int32)
@@ -58,23 +58,18 @@ class ProgressiveAdversarial(Loss):
         }
 
     def critic_loss(self, critic, inputs):
-        fake = jax.lax.stop_gradient(self._answer(inputs))
+        fake = jax.lax.stop_gradient(self.answer(inputs))
         return logistic_loss(*(self._logits(critic, inputs, end) for end in (inputs.examples.target, fake)))
 
     @property
     def _head(self) -> PairHead:
         return PairHead(self.context.config[self.name].width)
 
-    def _answer(self, inputs: LossInputs) -> Latents:
-        """The student's state at the end of the segment."""
-        examples, target = inputs.examples, TARGETS[self.context.config.target]
-        return target.consistency_function(self.context.schedule, examples.z, inputs.x0, examples.t, examples.boundary)
-
     def _feature(self, unet: Params, z: Latents, t: Timesteps, conditioning) -> Float[Array, "n h2 w2 k"]:
         """The middle block's output; the decoder's work is never run."""
-        options = {"capture_intermediates": is_bottleneck, "mutable": ["intermediates"]}
+        options = {"capture_intermediates": partial(is_block, part="middle"), "mutable": ["intermediates"]}
         _, captured = self.context.apply({"params": unet}, z, t, conditioning, **options)
-        return bottleneck(captured["intermediates"])["mid_block"]
+        return block_features(captured["intermediates"], "middle")["mid_block"]
 
     def _logits(self, critic: Params, inputs: LossInputs, end: Latents) -> Float[Array, "n 1"]:
         """D(x_t, x_{t-ns}, c), where ``end`` is x_{t-ns}. Relaxed, the head sees zeros for the feature of x_t."""
