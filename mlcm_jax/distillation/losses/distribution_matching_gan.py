@@ -14,7 +14,7 @@ from mlcm_jax.distillation.losses.distribution_matching import DistributionMatch
 from mlcm_jax.distillation.losses.feature_critic import Logits, require_clean_latents
 from mlcm_jax.distillation.state import student_variables
 from mlcm_jax.models.discriminator import DiscriminatorHeads, block_features, is_block
-from mlcm_jax.rules import NOT_NEGATIVE, POSITIVE, check_rules
+from mlcm_jax.rules import EVEN, NOT_NEGATIVE, check_rules
 from mlcm_jax.types import Condition, Latents, Params, Timesteps
 
 
@@ -27,7 +27,7 @@ class DistributionMatchingGAN(DistributionMatching):
     def check(cls, config: ConfigDict) -> None:
         super().check(config)
         weights = (f"{cls.name}.{key}" for key in ("adversarial_weight", "critic_adversarial_weight"))
-        check_rules(config, dict.fromkeys(weights, NOT_NEGATIVE) | {f"{cls.name}.width": POSITIVE})
+        check_rules(config, dict.fromkeys(weights, NOT_NEGATIVE) | {f"{cls.name}.width": EVEN})
         if cls.is_active(config):
             require_clean_latents(config, cls.name)
 
