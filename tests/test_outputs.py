@@ -136,7 +136,9 @@ PROGRAMS = {
     "train": (["--config=configs/emoji.py", "--config.teacher=/no/such/model", "--workdir={}"], "workdir"),
     "train_lpips": (["--images=x", "--heldout=x", "--out={}"], "out"),
     "convert_efficientnet": (["--out={}"], "out"),
+    "canny": (["--image=x", "--out={}/x.png"], "out"),
 }
+WITHOUT_MODEL = ("export", "compile", "train", "convert_efficientnet", "canny")
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -144,7 +146,6 @@ def test_programs_look_before_they_load_anything(launch, places, name):
     """The model does not exist either, which is not what they say."""
     args, flag = PROGRAMS[name]
     program = name.partition(",")[0]
-    has_model = program not in ("export", "compile", "train", "convert_efficientnet")
-    model = ["--model=/no/such/model"] if has_model else []
+    model = [] if program in WITHOUT_MODEL else ["--model=/no/such/model"]
     result = launch(program, *model, *(arg.format(places / "file") for arg in args))
     assert_one_sentence(result, flag if " " in flag else f"--{flag}={places / 'file'}")

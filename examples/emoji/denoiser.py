@@ -1,5 +1,6 @@
 """The emoji denoiser's loss, its data and the pipeline around it; both of its trainings use them."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,15 @@ GRID_STEPS = 25
 CHUNK = 64  # images that are encoded at a time
 
 
-def make_loss(unet: UNet2DConditionModel, schedule: Schedule, *, caption_dropout: float = CAPTION_DROPOUT):
+def make_loss(predict: Callable[..., Array], schedule: Schedule, *, caption_dropout: float = CAPTION_DROPOUT):
     """Noise prediction with min-SNR weights (arXiv 2303.09556), timesteps stratified over the batch.
 
-    (params, (latents, conditioning), key) -> loss and {"mse"}, float32 whatever the network computes in.
+    (params, (latents, conditioning, ...), key) -> loss and {"mse"}, float32 whatever the network computes in.
+    predict: (params, noisy latents, timesteps, conditioning, ...) -> noise, with what else the batch has.
     """
 
     def loss_fn(params, batch, key) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        latents, conditioning = batch
+        latents, conditioning, *more = batch
         n = latents.shape[0]
         t_key, noise_key, drop_key, offset_key = jax.random.split(key, 4)
         offset = jax.random.uniform(offset_key, (n,))
@@ -41,13 +43,18 @@ def make_loss(unet: UNet2DConditionModel, schedule: Schedule, *, caption_dropout
         conditioning = conditioning.replace(
             hidden_states=conditioning.hidden_states * keep[:, None, None], pooled=conditioning.pooled * keep[:, None]
         )
-        eps = unet.apply({"params": params}, add_noise(schedule, latents, noise, t), t, conditioning)
+        eps = predict(params, add_noise(schedule, latents, noise, t), t, conditioning, *more)
         error = jnp.square(eps.astype(jnp.float32) - noise).mean(axis=(1, 2, 3))
         alpha, sigma = alpha_sigma(schedule, t)
         weight = jnp.minimum(1.0, MIN_SNR_GAMMA * jnp.square(sigma / alpha))[:, 0, 0, 0]
         return (weight * error).mean(), {"mse": error.mean()}
 
     return loss_fn
+
+
+def unet_predict(unet: UNet2DConditionModel) -> Callable[..., Array]:
+    """The UNet as ``make_loss`` takes it."""
+    return lambda params, *inputs: unet.apply({"params": params}, *inputs)
 
 
 def encode_images(vae: Network, images: UInt8[np.ndarray, "n H W 3"]) -> Float[np.ndarray, "n h w c"]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from denoiser import make_loss
+from denoiser import make_loss, unet_predict
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 from packed import Packed
@@ -166,7 +166,7 @@ def train_packed(pipeline: Pipeline, packed: Packed, config: ConfigDict, out: Pa
     init = jax.jit(module.init)
     params = init(rng.stream(config.seed, "init", 0), first[0], np.zeros(1, np.int32), first[1])["params"]
     state = create(params, make_optimizer(config.optim, 1), with_ema=True)
-    chunk = make_chunk(make_loss(module, schedule), config)
+    chunk = make_chunk(make_loss(unet_predict(module), schedule), config)
     sums = np.cumsum(packed.weights, dtype=np.float64)
     inputs = data, jax.device_put((sums / sums[-1]).astype(np.float32))
     rates = np.zeros(config.steps_per_call, np.float32)
@@ -175,7 +175,7 @@ def train_packed(pipeline: Pipeline, packed: Packed, config: ConfigDict, out: Pa
     compiled = jax.jit(chunk).lower(state, rates, *inputs).compile()
     print(f"compiled after {time.perf_counter() - begin:.1f} s", flush=True)
     sets = probe_sets(pipeline, packed, data)
-    probe = make_probe(make_loss(module, schedule, caption_dropout=0.0), sets, config.seed)
+    probe = make_probe(make_loss(unet_predict(module), schedule, caption_dropout=0.0), sets, config.seed)
     gflop, untrained = flops / config.batch_size / 1e9, probe(params)  # compiles it: before the clock starts
 
     out.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from denoiser import GRID_PROMPTS, GRID_STEPS, encode_images, load_parts, make_loss
+from denoiser import GRID_PROMPTS, GRID_STEPS, encode_images, load_parts, make_loss, unet_predict
 from ml_collections import ConfigDict
 from packed import fingerprint, load_packed
 from packed_figures import measure, with_weights
@@ -106,7 +106,7 @@ def from_images(config: ConfigDict, out: Path):
 
     first = jax.tree.map(lambda a: a[:1], (latents, text))
     params = module.init(rng.stream(config.seed, "init", 0), first[0], np.zeros(1, np.int32), first[1])["params"]
-    state, step = start(params, make_loss(module, schedule), config)
+    state, step = start(params, make_loss(unet_predict(module), schedule), config)
     images = make_sampler(pipeline, config.seed)
     state = run(state, step, batch, config, Path(WORKDIR.value), sample_fn=lambda s: images(s.ema))
     finished = Network(module, state.ema, UNET_CONFIG)

@@ -13,7 +13,9 @@ from mlcm_jax.models.attention_backend import AUTO, AttentionBackend
 from mlcm_jax.models.controlnet_config import ControlNetConfig
 from mlcm_jax.models.layers import Conv
 from mlcm_jax.models.unet import Residuals, UNet2DConditionModel, UNetEncoder
-from mlcm_jax.types import TextConditioning
+from mlcm_jax.types import Params, TextConditioning
+
+ZERO_AT_START = ("controlnet_down_blocks_", "controlnet_mid_block")
 
 
 class ConditioningEmbedding(nn.Module):
@@ -76,6 +78,27 @@ class ControlNetModel(UNetEncoder):
     def _out(self, x: Float[Array, "n h w c"], name: str) -> Float[Array, "n h w c"]:
         """A 1x1 convolution, which is 0 at the start of a training."""
         return Conv(x.shape[-1], kernel_size=1, padding=0, dtype=self.dtype, name=name)(x)
+
+
+def copied_from_unet(params: Params, unet: Params) -> Params:
+    """The first parameters of a training (arXiv 2302.05543, 3.1): the UNet's own, and layers that add 0.
+
+    params: new ones of the ControlNet; what the UNet has no part of keeps them. A shallower transformer gets the UNet's
+    first blocks.
+    """
+
+    def start(path: tuple[jax.tree_util.DictKey, ...], new: jax.Array) -> jax.Array:
+        names = [key.key for key in path]
+        if names[0].startswith(ZERO_AT_START) or names[:2] == ["controlnet_cond_embedding", "conv_out"]:
+            return jnp.zeros_like(new)
+        own: Any = unet
+        for name in names:
+            if name not in own:
+                return new
+            own = own[name]
+        return jnp.asarray(own[: len(new)] if "transformer_blocks" in names else own, new.dtype)
+
+    return jax.tree_util.tree_map_with_path(start, params)
 
 
 @flax.struct.dataclass

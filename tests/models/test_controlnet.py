@@ -8,7 +8,7 @@ import torch
 from torch_weights import assert_close, channels_first, channels_last, randomise, through_files
 
 from mlcm_jax.errors import UserError
-from mlcm_jax.models.controlnet import Controlled, ControlledUNet, ControlNetModel
+from mlcm_jax.models.controlnet import Controlled, ControlledUNet, ControlNetModel, copied_from_unet
 from mlcm_jax.types import TextConditioning
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
@@ -132,3 +132,30 @@ def test_unsupported_value_is_named(key, value):
     with pytest.raises(UserError) as error:
         ControlNetModel.from_config({**XL, key: value})
     assert key in str(error.value) and "ControlNetModel" in str(error.value)
+
+
+def test_the_start_of_a_training_is_diffusers(tmp_path):
+    """Every weight of ``ControlNetModel.from_unet``, but for the new layers that see the image: they are random."""
+    config = {k: v for k, v in XL.items() if not k.startswith("conditioning")}
+    unet = randomise(diffusers.UNet2DConditionModel(**config, up_block_types=UP_BLOCKS["sdxl"], sample_size=8))
+    widths = XL["conditioning_embedding_out_channels"]
+    theirs = through_files(
+        diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths), tmp_path / "theirs"
+    )
+    own = through_files(unet, tmp_path / "unet").params
+    new = jax.tree.map(lambda a: np.ones(a.shape, np.float32), theirs.params)
+    ours = copied_from_unet(new, own)
+    kept = ours.pop("controlnet_cond_embedding")
+    assert not kept["conv_out"]["kernel"].any() and kept["conv_in"]["kernel"].all()
+    theirs.params.pop("controlnet_cond_embedding")
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs.params)
+    given, image = inputs(XL)
+    residuals = theirs.module.apply({"params": ours | {"controlnet_cond_embedding": kept}}, *given, image)
+    assert all(not leaf.any() for leaf in jax.tree.leaves(residuals))
+
+
+def test_a_shallower_one_starts_from_the_first_blocks():
+    block = {"attn": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    own = {"mid_block": {"attentions_0": {"transformer_blocks": block}}}
+    shallow = copied_from_unet(jax.tree.map(lambda a: 0 * a[:1], own), own)
+    assert shallow["mid_block"]["attentions_0"]["transformer_blocks"]["attn"].tolist() == [[0, 1, 2]]
