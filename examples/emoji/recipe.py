@@ -200,7 +200,7 @@ UNET_CONFIG = {
 # A caption alone tells the teacher what its images look like, edges and all. Without it, or with the image moved, only
 # the edges tell: half of the captions are dropped (arXiv 2302.05543, 3.3) and the images are moved (edges.py).
 CONTROLNET = _training(
-    num_steps=3000,
+    num_steps=1500,
     batch_size=32,
     ema_decay=0.998,
     sample_every=250,
