@@ -100,7 +100,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
-def launch():
+def launch(sdxl_folder):
     """launch(program, *args) -> {"status", "stdout", "stderr"} of a process of its own."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # some sample with real models
     env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
@@ -113,6 +113,7 @@ def launch():
         server.stdin.flush()
         return json.loads(server.stdout.readline())
 
+    run("preload", sdxl_folder)  # the model of most runs
     yield run
     server.stdin.close()
     assert server.wait(timeout=300) == 0

@@ -1,6 +1,7 @@
 """Runs programs of launch/ for tests: imports are paid once, then every run is a forked process of its own.
 
 Reads a JSON list [program, argument...] a line from stdin, answers with a JSON line: status, stdout, stderr.
+["preload", FOLDER] traces the networks of a diffusers folder once for all runs to come, which then find their shapes.
 Nothing may start threads before the forks, so JAX's backends are first touched in the children.
 """
 
@@ -10,9 +11,11 @@ import runpy
 import sys
 import tempfile
 import traceback
+from unittest import mock
 
 import mlcm_jax.training.run
 import mlcm_jax.training.sample_grids  # noqa: F401
+from mlcm_jax.hub.pipeline import read_architecture
 
 
 def run_forked(argv: list[str]) -> dict:
@@ -47,6 +50,13 @@ def _run_as_main(argv: list[str]) -> int:
     return status
 
 
+def preload(folder: str) -> dict:
+    with mock.patch("jax.default_backend", return_value="cpu"):  # would start one
+        read_architecture(folder)
+    return {}
+
+
 if __name__ == "__main__":
     for line in sys.stdin:
-        print(json.dumps(run_forked(json.loads(line))), flush=True)
+        argv = json.loads(line)
+        print(json.dumps(preload(argv[1]) if argv[0] == "preload" else run_forked(argv)), flush=True)

@@ -23,8 +23,13 @@ from mlcm_jax.types import Params, TextConditioning
 ShardingRule = Callable[[str, Params], Any]
 
 
-def _image(size: int) -> jax.Array:
-    return jnp.zeros((1, size, size, 3))
+# Shapes suffice: nothing here starts a backend.
+def _input(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _image(size: int) -> jax.ShapeDtypeStruct:
+    return _input(1, size, size, 3)
 
 
 def _unet_inputs(config: Mapping[str, Any]) -> tuple:
@@ -34,25 +39,25 @@ def _unet_inputs(config: Mapping[str, Any]) -> tuple:
     if config.get("addition_embed_type") == "text_time":
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
     conditioning = TextConditioning(
-        hidden_states=jnp.zeros((1, 2, width if isinstance(width, int) else width[0])),
-        pooled=jnp.zeros((1, pooled)),
-        time_ids=jnp.zeros((1, 6)),
+        hidden_states=_input(1, 2, width if isinstance(width, int) else width[0]),
+        pooled=_input(1, pooled),
+        time_ids=_input(1, 6),
     )
-    sample = jnp.zeros((1, side, side, config.get("in_channels", 4)))
-    inputs = (sample, jnp.zeros((1,), jnp.int32), conditioning)
+    sample = _input(1, side, side, config.get("in_channels", 4))
+    inputs = (sample, _input(1, dtype=jnp.int32), conditioning)
     guidance_width = config.get("time_cond_proj_dim")
-    return inputs if guidance_width is None else (*inputs, jnp.zeros((1, guidance_width)))
+    return inputs if guidance_width is None else (*inputs, _input(1, guidance_width))
 
 
 def _controlnet_inputs(config: Mapping[str, Any]) -> tuple:
     sample, timesteps, conditioning, *_ = _unet_inputs(config)
     levels = len(config.get("conditioning_embedding_out_channels", (16, 32, 96, 256)))
     side = sample.shape[1] * 2 ** (levels - 1)
-    return sample, timesteps, conditioning, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    return sample, timesteps, conditioning, _image(side)
 
 
 def _text_inputs(config: Mapping[str, Any]) -> tuple:
-    return (jnp.zeros((1, min(2, config.get("max_position_embeddings", 77))), jnp.int32),)
+    return (_input(1, min(2, config.get("max_position_embeddings", 77)), dtype=jnp.int32),)
 
 
 def _vision_inputs(config: Mapping[str, Any]) -> tuple:
@@ -73,7 +78,7 @@ def _tiny_vae_inputs(config: Mapping[str, Any]) -> tuple:
 
 
 def _lpips_inputs(config: Mapping[str, Any]) -> tuple:
-    return (jnp.zeros((1, 2, 2, config.get("latent_channels", 4))),) * 2
+    return (_input(1, 2, 2, config.get("latent_channels", 4)),) * 2
 
 
 class NetworkClass(NamedTuple):
@@ -143,7 +148,7 @@ def parameter_shapes(module: nn.Module, *inputs: Any) -> Params:
 def _traced_shapes(module: nn.Module, structure: Any, leaves: tuple) -> Params:
     """A run asks for those of its teacher three times: to plan, to load and to export; tracing one takes seconds."""
     inputs = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
-    return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    return jax.eval_shape(lambda *given: module.init(jax.random.key(0), *given), *inputs)["params"]
 
 
 def check_class(folder: Path, class_name: str):
