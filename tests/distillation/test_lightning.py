@@ -83,6 +83,7 @@ def moved(params, z, t, s):
     return np.sqrt(b) * (z - np.sqrt(1 - a) * eps) / np.sqrt(a) + np.sqrt(1 - b) * eps
 
 
+@jax.jit
 def states(step=0):
     """Noised latents, the noise alone at t = 999, and where the student of four steps comes to in two."""
     noise = jax.random.normal(rng.stream(0, "noise", step), (N, *LATENT_SHAPE))
@@ -115,12 +116,13 @@ def logit(critic, z, end, relaxed):
 
 
 def critic_of(config, scale=0.0):
+    """The loss's context and its critic, whose parameters are moved by random numbers of that size."""
     context = DistillationContext(Toy().apply, SCHEDULE, config)
     latents = jnp.zeros((N, *LATENT_SHAPE))
     shapes = CriticShapes(*jax.eval_shape(lambda *a: a, TEACHER, BATCH.conditioning, latents))
     critics = create_critics(context, jax.random.key(5), STUDENT, shapes)
-    keys = iter(jax.random.split(jax.random.key(6), 100))
-    params = jax.tree.map(lambda a: a + scale * jax.random.normal(next(keys), a.shape), critics[NAME].params)
+    draw = np.random.default_rng(6).standard_normal
+    params = jax.tree.map(lambda a: a + np.float32(scale) * draw(a.shape, np.float32), critics[NAME].params)
     return context, {NAME: dataclasses.replace(critics[NAME], params=params)}
 
 
@@ -135,21 +137,28 @@ def test_the_step_is_lightnings(relaxed):
     after, metrics = jax.jit(make_train_step(context, optimizer, LATENT_SHAPE))(state, FROZEN, BATCH)
     z, real = states()
 
+    @jax.jit
+    @jax.value_and_grad
     def generator(params):
         return jnp.mean(jnp.log1p(jnp.exp(-logit(critic, z, moved(params, z, T, BOUNDARY), relaxed))))
 
-    fake = moved(STUDENT, z, T, BOUNDARY)
-    np.testing.assert_allclose(metrics["consistency"], jnp.mean((fake - real) ** 2), rtol=1e-3)
-    loss, grads = jax.value_and_grad(generator)(STUDENT)
+    @jax.jit
+    def fake_and_logits():
+        fake = moved(STUDENT, z, T, BOUNDARY)
+        return fake, *(logit(critic, z, end, relaxed) for end in (fake, real))
+
+    fake, ours, theirs = jax.device_get(fake_and_logits())
+    np.testing.assert_allclose(metrics["consistency"], np.mean((fake - real) ** 2), rtol=1e-3)
+    loss, grads = jax.device_get(generator(STUDENT))
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4)
-    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads))
+    scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(grads))
+    before, critic, after = jax.device_get((STUDENT, critic, after))
     jax.tree.map(
-        lambda a, b, g: np.testing.assert_allclose(a - b, g, atol=2e-3 * scale, rtol=0), STUDENT, after.params, grads
+        lambda a, b, g: np.testing.assert_allclose(a - b, g, atol=2e-3 * scale, rtol=0), before, after.params, grads
     )
-    ours, theirs = (logit(critic, z, end, relaxed) for end in (fake, real))
-    discriminator = jnp.mean(jnp.log1p(jnp.exp(-theirs))) + jnp.mean(jnp.log1p(jnp.exp(ours)))
+    discriminator = np.mean(np.log1p(np.exp(-theirs))) + np.mean(np.log1p(np.exp(ours)))
     np.testing.assert_allclose(metrics[f"{NAME}_critic"], discriminator, rtol=1e-4)
-    trained = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), critic, after.critics[NAME].params)
+    trained = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), critic, after.critics[NAME].params)
     assert min(jax.tree.leaves((trained["encoder"], trained["head"]["convs_1"]))) > 0, "the encoder is trained, too"
 
 
@@ -159,10 +168,14 @@ def test_the_discriminator_starts_as_the_teachers_encoder():
     assert set(critic["encoder"]) == {"conv_in", "mid_block"}
     assert all(not leaf.any() for leaf in jax.tree.leaves(critic["encoder"]))
     z, end = jax.random.normal(jax.random.key(0), (2, N, *LATENT_SHAPE))
-    examples = Examples(z, jnp.asarray(T), jnp.asarray(BOUNDARY), jnp.full(N, 500), end, None, BATCH.condition, {})
-    inputs = LossInputs(end, examples, FROZEN, jax.random.key(0))
-    got = ProgressiveAdversarial(context)._logits(critic, inputs, end)
-    np.testing.assert_allclose(got, logit(critic, z, end, False), rtol=1e-4, atol=1e-5)
+
+    @jax.jit
+    def both():
+        examples = Examples(z, jnp.asarray(T), jnp.asarray(BOUNDARY), jnp.full(N, 500), end, None, BATCH.condition, {})
+        inputs = LossInputs(end, examples, FROZEN, jax.random.key(0))
+        return ProgressiveAdversarial(context)._logits(critic, inputs, end), logit(critic, z, end, False)
+
+    np.testing.assert_allclose(*both(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("segments", [1, 2, 4])
