@@ -38,12 +38,16 @@ def head(params, feature, groups=4):
     return x @ params["mid_block_out"]["kernel"][0, 0] + params["mid_block_out"]["bias"]
 
 
+@jax.jit
 def pcm_losses(student, teacher, heads, batch, unconditional, seed=0):
-    """Consistency, the student's adversarial loss and the discriminator's, after the paper and not after this code."""
+    """Consistency, the student's adversarial loss and the discriminator's, after the paper and not after this code.
+
+    Also the gradient, and how many targets are the teacher's state, as its step ends at the edge.
+    """
     abar, conditioning = SCHEDULE.alphas_cumprod, batch.conditioning
-    segment = np.asarray(batch.trajectory_step) - 1
-    t, edge = draw_timesteps(rng.stream(seed, "timesteps", 0), jnp.asarray(segment), 4), EDGES[segment]
-    s = np.maximum(np.asarray(t) - 25, edge)
+    segment = batch.trajectory_step - 1
+    t, edge = draw_timesteps(rng.stream(seed, "timesteps", 0), segment, 4), jnp.asarray(EDGES)[segment]
+    s = jnp.maximum(t - 25, edge)
 
     def at(u):
         return abar[jnp.asarray(u)].reshape(-1, 1, 1, 1)
@@ -67,9 +71,7 @@ def pcm_losses(student, teacher, heads, batch, unconditional, seed=0):
         noised = kept**0.5 * x + (1 - kept) ** 0.5 * jax.random.normal(noise_key, x.shape)
         return head(heads, toy_features(teacher, noised, u, conditioning))
 
-    # where the teacher's step ends at the edge, the target is its state
     target = jnp.where((s == edge)[:, None, None, None], z_s, to_edge(student, z_s, s))
-    assert (s == edge).sum() > 3
 
     def student_loss(params):
         fake = to_edge(params, z, t)
@@ -81,8 +83,8 @@ def pcm_losses(student, teacher, heads, batch, unconditional, seed=0):
     key = jax.random.fold_in(rng.stream(seed, f"{NAME}_rival", 0), 0)
     real, fake = (discriminate(x, key) for x in (target, to_edge(student, z, t)))
     rival = jnp.mean(jnp.maximum(1 - real, 0)) + jnp.mean(jnp.maximum(1 + fake, 0))
-    (_, losses), grads = jax.jit(jax.value_and_grad(student_loss, has_aux=True))(student)
-    return (*losses, rival), grads
+    (_, losses), grads = jax.value_and_grad(student_loss, has_aux=True)(student)
+    return (*losses, rival), grads, (s == edge).sum()
 
 
 def pcm_settings(**values):
@@ -114,12 +116,14 @@ def test_losses_and_gradient_are_the_papers(heads):
     student, teacher, batch = toy_params(1), toy_params(2), pcm_batch()
     after, metrics = step_of(pcm_settings(), heads, student, teacher, batch)
     unconditional = jax.tree.map(lambda a: jnp.repeat(a, N, axis=0), toy_conditioning(1, 4))
-    losses, grads = pcm_losses(student, teacher, heads, batch, unconditional)
+    losses, grads, at_edges = pcm_losses(student, teacher, heads, batch, unconditional)
+    assert at_edges > 3
     for name, loss in zip(("consistency", NAME, f"{NAME}_critic"), losses, strict=True):
         np.testing.assert_allclose(metrics[name], loss, rtol=1e-3, err_msg=name)
+    student, after, grads = jax.device_get((student, after.params, grads))
     for name, gradient in grads.items():
-        scale = float(jnp.abs(gradient).max())
-        np.testing.assert_allclose(student[name] - after.params[name], gradient, atol=2e-3 * scale, rtol=0)
+        scale = np.abs(gradient).max()
+        np.testing.assert_allclose(student[name] - after[name], gradient, atol=2e-3 * scale, rtol=0)
 
 
 def test_examples_without_a_prompt_are_conditioned_as_the_unconditional_branch(heads):

@@ -122,7 +122,6 @@ def small(monkeypatch):
 
 def test_a_training_in_small(small, tmp_path: Path):
     pipeline, config = small
-    config.steps_per_call = 1  # the next test has two
     params = train_packed.train_packed(pipeline, made_up(), config, tmp_path, 0.005)
     saved = load_network(tmp_path / "unet", "UNet2DConditionModel").params
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), params, saved)
