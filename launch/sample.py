@@ -5,7 +5,6 @@ grid. Without --model the shipped emoji student is used; without --prompt as wel
 """
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ from mlcm_jax.hub.pipeline import Pipeline
 from mlcm_jax.hub.text import with_text
 from mlcm_jax.hub.vae import load_vae
 from mlcm_jax.images import image_grid, open_image, write_image
-from mlcm_jax.model_flags import MODEL, load_model
+from mlcm_jax.model_flags import EMOJI, allow_shipped_model, chosen_loras, load_model, named_model
 from mlcm_jax.models.attention_backend import BACKENDS, AttentionBackend
 from mlcm_jax.outputs import atomic_write, check_file, check_image_file
 from mlcm_jax.rng import MAX_SEED
@@ -60,12 +59,7 @@ ATTENTION = flags.DEFINE_enum("attention", "auto", BACKENDS, "How the UNet compu
 VAE_TILING = flags.DEFINE_enum("vae_tiling", "auto", TILING, "Decode in tiles; auto: images larger than 1024 px.")
 OUT = flags.DEFINE_string("out", "sample.png", "The image, or a grid of them.")
 
-EMOJI = Path("examples/emoji")  # where no model is named: the teacher there with the student's LoRA
-flags.set_default(MODEL, str(EMOJI / "teacher"))
-
-
-def named_model() -> bool:
-    return bool(flags.FLAGS[MODEL.name].present)
+allow_shipped_model()
 
 
 def asked_prompts() -> list[str]:
@@ -123,7 +117,7 @@ def main():
     pipeline = load_model(DTYPE.value)
     if TEXT.value:
         pipeline = with_text(pipeline, TEXT.value, dtype=jnp.dtype(DTYPE.value))
-    pipeline = with_loras(pipeline, LORA.value or ([] if named_model() else [str(EMOJI / "student")]))
+    pipeline = with_loras(pipeline, chosen_loras(LORA.value))
     if SCHEDULER.value:
         pipeline = pipeline.with_scheduler(of_class(pipeline.scheduler_config, SCHEDULER.value))
     pipeline = pipeline.with_attention(AttentionBackend(ATTENTION.value))

@@ -1,6 +1,7 @@
 """The flags that name a program's model."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from pathlib import Path
 
 import jax.numpy as jnp
 from absl import flags
@@ -13,6 +14,23 @@ ARCHITECTURE = flags.DEFINE_string(
 )
 VARIANT = flags.DEFINE_string("variant", None, "Of the weights files, such as fp16; default: full precision.")
 REVISION = flags.DEFINE_string("revision", None, "Of a hub id: branch, tag or commit.")
+
+EMOJI = Path("examples/emoji")  # the shipped models: the teacher, and the student as a LoRA for it
+
+
+def allow_shipped_model() -> None:
+    """Let a program do without --model: it then takes the shipped teacher, with the LoRAs of ``chosen_loras``."""
+    flags.set_default(MODEL, str(EMOJI / "teacher"))
+
+
+def named_model() -> bool:
+    """Whether there is a --model."""
+    return bool(flags.FLAGS[MODEL.name].present)
+
+
+def chosen_loras(given: Sequence[str] | None) -> list[str]:
+    """A program's LoRAs, each PLACE or PLACE:SCALE; the shipped student's where neither they nor a model are named."""
+    return list(given or ([] if named_model() else [str(EMOJI / "student")]))
 
 
 def load_model(

@@ -10,13 +10,13 @@ import numpy as np
 from jaxtyping import UInt8
 
 from mlcm_jax.diffusion.samplers import step_table
-from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import Pipeline
 from mlcm_jax.image_size import ImageSize
 from mlcm_jax.rng import seed_key
 from mlcm_jax.sampling.conditioning import encode_prompts, unconditional
 from mlcm_jax.sampling.decode import decode
 from mlcm_jax.sampling.sample import draw_noise, sample_latents
+from mlcm_jax.sampling.side_by_side import check_shared_noise
 from mlcm_jax.types import Latents
 
 AFTER_ALL_IMAGES = 2**32 - 1  # folded into the seed where draw_noise folds in an image's index
@@ -96,13 +96,4 @@ def check_samplers(
     for name, pipeline in pipelines.items():
         for num_steps in [*steps, reference_steps] if name == "baseline" else steps:
             step_table(pipeline.scheduler_config, num_steps)
-    sizes = {name: image_size or pipeline.image_size for name, pipeline in pipelines.items()}
-    shapes = {name: (pipeline.latent_shape(sizes[name]), sizes[name]) for name, pipeline in pipelines.items()}
-    if len(set(shapes.values())) > 1:
-        described = {
-            name: f"latents {list(shape)} and images of {h} x {w} px" for name, (shape, (h, w)) in shapes.items()
-        }
-        raise UserError(
-            f"The model has {described['model']}, the baseline {described['baseline']}: name a model "
-            "that was distilled from this baseline."
-        )
+    check_shared_noise(pipelines, image_size)

@@ -89,15 +89,21 @@ class Pipeline:
         height, width = self.latent_size
         return height * self.downscale, width * self.downscale
 
+    @property
+    def size_multiple(self) -> int:
+        """What divides height and width in pixels of all images that the networks can take."""
+        return self.downscale * 2 ** (len(self.unet.config["block_out_channels"]) - 1)
+
     def latent_shape(self, image_size: ImageSize | None = None) -> tuple[int, int, int]:
         """Height, width and channels of the latents of images; None: of those that the UNet was trained on.
 
         Raises UserError for a size that the networks cannot take.
         """
         height, width = image_size or self.image_size
-        multiple = self.downscale * 2 ** (len(self.unet.config["block_out_channels"]) - 1)
-        if height % multiple or width % multiple:
-            raise UserError(f"{named((height, width))} does not fit this model: use a multiple of {multiple}.")
+        if height % self.size_multiple or width % self.size_multiple:
+            raise UserError(
+                f"{named((height, width))} does not fit this model: use a multiple of {self.size_multiple}."
+            )
         return height // self.downscale, width // self.downscale, self.unet.config.get("in_channels", 4)
 
     def networks(self) -> dict[str, Network]:

@@ -44,6 +44,12 @@ def default_guidance_scale(pipeline: Pipeline) -> float:
     return 1.0 if pipeline.scheduler_config["_class_name"] in DISTILLED else 5.0
 
 
+def takes_negative_prompt(pipeline: Pipeline, guidance_scale: float | None = None) -> bool:
+    """Whether sampling at this guidance scale, None being the usual one, has an unconditional call to change."""
+    scale = default_guidance_scale(pipeline) if guidance_scale is None else guidance_scale
+    return scale > 1 and not _guidance_width(pipeline.unet)
+
+
 def _guidance_width(unet: Network) -> int | None:
     """Width of the guidance scale's embedding, for a student that is conditioned on it; None for all other networks."""
     return unet.config.get("time_cond_proj_dim")

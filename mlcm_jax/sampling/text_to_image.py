@@ -9,6 +9,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from mlcm_jax.diffusion.samplers import step_table
+from mlcm_jax.hub.lora import with_loras
 from mlcm_jax.hub.pipeline import Pipeline
 from mlcm_jax.image_size import ImageSize
 from mlcm_jax.rng import seed_key
@@ -34,6 +35,13 @@ class TextToImage:
         Raises UserError for a size that the networks cannot take.
         """
         return draw_noise(seed, n, self.pipeline.latent_shape(image_size))
+
+    def with_loras(self, *loras: str) -> "TextToImage":
+        """Another one with LoRAs, each PLACE or PLACE:SCALE, folded in; errors are ``hub.lora.with_loras``'s.
+
+        A student's folder, which has a scheduler_config.json beside the LoRA, brings its sampler along.
+        """
+        return TextToImage(with_loras(self.pipeline, loras))
 
     def __call__(
         self,

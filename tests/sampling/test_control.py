@@ -21,6 +21,7 @@ from mlcm_jax import load_pipeline
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.controlnet import load_controlnet
 from mlcm_jax.sampling.control import Control
+from mlcm_jax.sampling.side_by_side import Request, SideBySide, TimedSampler
 
 PROMPT = "red heart"
 CASES = {
@@ -148,3 +149,15 @@ def test_mistakes(launch, sdxl_folder, place, tmp_path, args, words):
     given = [f"{flag}={places.get(value, value)}" for flag, _, value in (arg.partition("=") for arg in args)]
     result = launch("sample", f"--model={sdxl_folder}", "--prompt=a", *given, f"--out={tmp_path / 'a.png'}")
     assert_one_sentence(result, *words)
+
+
+def test_a_student_beside_its_teacher_follows_the_image(pipeline, place):
+    network, image = load_controlnet(place / "net", pipeline.pipeline), drawing(0)
+    models = SideBySide(*(TimedSampler(pipeline, 1, scale, network) for scale in (1.0, 5.0)))
+    found = list(models(Request(PROMPT, (32, 32), control_image=image, control_scale=0.5)))
+    plain = list(models(Request(PROMPT, (32, 32), control_scale=0.5)))
+    for scale, sample, without in zip((1.0, 5.0), found, plain, strict=True):
+        control = Control(network, image, 0.5)
+        expected = pipeline(PROMPT, num_steps=1, guidance_scale=scale, controls=[control])[0]
+        np.testing.assert_array_equal(sample.image, expected)
+        assert (without.image != expected).any()
