@@ -75,7 +75,7 @@ def described_models(teacher: str | None) -> list[Pipeline]:
     given = {"architecture": ARCHITECTURE.value, "variant": VARIANT.value, "revision": REVISION.value}
     models = {"model": read_architecture(str(MODEL.value), **given)}
     if teacher:
-        models["teacher"] = read_architecture(teacher)
+        models["teacher"] = models["model"] if teacher == MODEL.value else read_architecture(teacher)
         check_shared_noise(models)
         step_table(models["teacher"].scheduler_config, TEACHER_STEPS.value)
     return list(models.values())

@@ -1,7 +1,9 @@
 """A user's mistakes: each is one sentence on stderr and exit status 2, before any training begins."""
 
+import importlib.util
 import json
 import shutil
+import socket
 
 import numpy as np
 import pytest
@@ -34,6 +36,13 @@ def files(tmp_path_factory, sdxl_folder):
     config_file = folder / "wrong_activation" / "unet" / "config.json"
     config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"act_fn": "mish2"}))
     return folder
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 SAMPLE = {
@@ -200,6 +209,48 @@ def test_evaluate(launch, files, sdxl_folder, tmp_path, mistake):
     result = launch("evaluate", *good, *(arg.format(files=files) for arg in args))
     assert_one_sentence(result, *(word.format(files=files) for word in words))
     assert not (tmp_path / "out").exists()
+
+
+DEMO = {
+    "a wrong path": (["--model={files}/nowhere"], ["{files}/nowhere does not exist"]),
+    "no model": (["--model={files}/no_model"], ["has no model_index.json"]),
+    "an unsupported setting": (["--model={files}/wrong_activation"], ["act_fn", "mish2"]),
+    "a port that is no number": (["--port=http"], ["--port=http"]),
+    "no port": (["--port=0"], ["--port=0"]),
+    "too large a port": (["--port=65536"], ["--port=65536"]),
+    "no teacher": (["--model={model}", "--teacher={files}/nowhere"], ["{files}/nowhere does not exist"]),
+    "a teacher of other images": (
+        ["--model={model}", "--teacher=examples/emoji/teacher"],
+        ["images of 32 x 32 px", "images of 64 x 64 px"],
+    ),
+    "no steps of the teacher": (["--model={model}", "--teacher={model}", "--teacher_steps=0"], ["num_steps=0"]),
+    "a LoRA's scale": (["--lora=x:strong"], ["'strong', which is no scale"]),
+    "no ControlNet": (
+        ["--model={model}", "--controlnet={files}/nowhere"],
+        ["{files}/nowhere/config.json does not exist"],
+    ),
+    "no guidance scale": (["--guidance_scale=nan"], ["--guidance_scale=nan"]),
+}
+
+
+@pytest.mark.parametrize("mistake", DEMO)
+def test_demo(launch, files, sdxl_folder, free_port, mistake):
+    args, words = DEMO[mistake]
+    places = {"files": files, "model": sdxl_folder}
+    result = launch("demo", f"--port={free_port}", *(arg.format(**places) for arg in args))
+    assert_one_sentence(result, *(word.format(**places) for word in words))
+
+
+def test_demo_at_a_port_that_is_in_use(launch, free_port):
+    with socket.create_server(("127.0.0.1", free_port)):
+        assert_one_sentence(
+            launch("demo", "--model=/no/such/model", f"--port={free_port}"), f"--port={free_port}", "in use"
+        )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gradio") is not None, reason="gradio is installed")
+def test_demo_without_gradio(launch, sdxl_folder, free_port):
+    assert_one_sentence(launch("demo", f"--model={sdxl_folder}", f"--port={free_port}"), "gradio", "make demo")
 
 
 @pytest.mark.parametrize("topology", ["v9:2x2", "v5e:2xx", "v5e"])

@@ -100,9 +100,10 @@ class Pipeline:
         Raises UserError for a size that the networks cannot take.
         """
         height, width = image_size or self.image_size
-        if height % self.size_multiple or width % self.size_multiple:
+        multiple = self.size_multiple
+        if min(height, width) < multiple or height % multiple or width % multiple:
             raise UserError(
-                f"{named((height, width))} does not fit this model: use a multiple of {self.size_multiple}."
+                f"{named((height, width))} does not fit this model: use a multiple of {multiple}, {multiple} or more."
             )
         return height // self.downscale, width // self.downscale, self.unet.config.get("in_channels", 4)
 

@@ -151,13 +151,10 @@ def test_mistakes(launch, sdxl_folder, place, tmp_path, args, words):
     assert_one_sentence(result, *words)
 
 
-def test_a_student_beside_its_teacher_follows_the_image(pipeline, place):
+def test_a_timed_sampler_follows_the_image(pipeline, place):
     network, image = load_controlnet(place / "net", pipeline.pipeline), drawing(0)
-    models = SideBySide(*(TimedSampler(pipeline, 1, scale, network) for scale in (1.0, 5.0)))
-    found = list(models(Request(PROMPT, (32, 32), control_image=image, control_scale=0.5)))
-    plain = list(models(Request(PROMPT, (32, 32), control_scale=0.5)))
-    for scale, sample, without in zip((1.0, 5.0), found, plain, strict=True):
-        control = Control(network, image, 0.5)
-        expected = pipeline(PROMPT, num_steps=1, guidance_scale=scale, controls=[control])[0]
+    models = SideBySide(TimedSampler(pipeline, controlnet=network))
+    for scale in (0.5, 0.0):
+        (sample,) = models(Request(PROMPT, (32, 32), num_steps=1, control_image=image, control_scale=scale))
+        expected = pipeline(PROMPT, num_steps=1, controls=[Control(network, image, scale)])[0]
         np.testing.assert_array_equal(sample.image, expected)
-        assert (without.image != expected).any()
