@@ -1,6 +1,7 @@
 # Everything runs in .venv, which is made on first use and renewed when setup.py changes.
 #   make train   install, then distil the emoji teacher      make test   lint, types and tests
 #   make lint    ruff and pyright only                       make test-all  the slow tests as well
+#   make demo    install the page's library, then start the page with the shipped student
 # Variables: PYTHON, WORKDIR, EXTRAS (cuda or tpu: make train EXTRAS=cuda), PYTEST_FLAGS, WORKERS (none: one process).
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ BIN := .venv/bin
 STAMP := .venv/.stamp$(EXTRAS:%=-%)
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' setup.py)
 
-.PHONY: train test test-all lint .venv
+.PHONY: train demo test test-all lint .venv
 
 .venv: $(STAMP)
 
@@ -32,6 +33,13 @@ $(STAMP): setup.py
 
 train: $(STAMP)
 	$(BIN)/python launch/train.py --config=configs/emoji.py --workdir=$(WORKDIR)
+
+.venv/.demo-stamp: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e .[demo]
+	touch $@
+
+demo: .venv/.demo-stamp
+	$(BIN)/python launch/demo.py
 
 lint: .venv/.test-stamp
 	$(BIN)/ruff check .

