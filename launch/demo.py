@@ -120,7 +120,7 @@ def page(gr: Any, models: SideBySide) -> Any:
     """gradio's blocks: inputs on the left, the images on the right."""
     teacher = models.teacher
     with gr.Blocks(title="mlcm_jax", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
-        gr.Markdown(f"## mlcm_jax: {_name(MODEL.value, chosen_loras(LORA.value))}")
+        gr.Markdown("## mlcm_jax: " + " + ".join([str(MODEL.value), *chosen_loras(LORA.value)]))
         with gr.Row():
             with gr.Column():
                 inputs, steps, button = _inputs(gr, models)
@@ -130,10 +130,6 @@ def page(gr: Any, models: SideBySide) -> Any:
         answer = answers(models, lambda sentence: gr.Error(sentence, duration=None, print_exception=False))
         gr.on([button.click, inputs[0].submit, steps.release], answer, inputs, outputs, trigger_mode="always_last")
     return blocks
-
-
-def _name(model: str | None, loras: list[str]) -> str:
-    return " + ".join([str(model), *loras])
 
 
 def _output(gr: Any, label: str, elem_id: str) -> list[Any]:
@@ -178,7 +174,6 @@ def main():
     networks = controlnets(described_models(teacher))
     gr = import_gradio()
     blocks = page(gr, load_models(teacher, networks))
-    print(f"The page is at http://{HOST}:{PORT.value} (Ctrl-C ends it).", flush=True)
     blocks.launch(
         server_name=HOST,
         server_port=PORT.value,
@@ -188,7 +183,10 @@ def main():
         theme=gr.themes.Default(font=["sans-serif"], font_mono=["monospace"]),  # the theme's own fonts are elsewhere
         css=CSS,
         footer_links=[],
+        prevent_thread_lock=True,
     )
+    print(f"The page is at http://{HOST}:{PORT.value} (Ctrl-C ends it).", flush=True)
+    blocks.block_thread()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""examples/quickstart.ipynb: it runs from top to bottom, and what is stored of its last run shows nothing of a machine."""
+"""examples/quickstart.ipynb: it runs from top to bottom, and its stored run shows nothing of a machine."""
 
 import json
 import os
