@@ -133,7 +133,7 @@ def page(gr: Any, models: SideBySide) -> Any:
 
 
 def _output(gr: Any, label: str, elem_id: str) -> list[Any]:
-    with gr.Column():
+    with gr.Column(min_width=240):
         buttons = ["download", "fullscreen"]  # without "share", which uploads the image
         image = gr.Image(label=label, elem_id=elem_id, elem_classes="sample", format="png", height=360, buttons=buttons)
         return [image, gr.Textbox(label="Time without compilation", interactive=False)]
