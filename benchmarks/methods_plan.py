@@ -41,7 +41,7 @@ def row(name: str, plan: Plan) -> str:
 
 def main():
     lines = [
-        "| method | steps | batch | TFLOP an example | EFLOP in all | trained, optimizer, critic | frozen |",
+        "| method | steps | batch | TFLOP an example | EFLOP in all | trained weights, optimizer, critics | frozen |",
         "|---" * 7 + "|",
     ]
     for name in METHODS:
