@@ -10,10 +10,10 @@ from small_settings import NETWORK_TABLES, build_network, build_scheduler
 from mlcm_jax.diffusion import scheduler_config
 from mlcm_jax.diffusion.samplers import step_table
 from mlcm_jax.errors import UserError
+from mlcm_jax.hub import preprocess
 from mlcm_jax.hub.network import NETWORKS
 from mlcm_jax.hub.pipeline import load_pipeline, read_architecture
 from mlcm_jax.json_config import UNREAD, Kind
-from mlcm_jax.rewards import preprocess
 from mlcm_jax.rewards.networks import blip, efficientnet_lite
 
 NAN = float("nan")

@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from mlcm_jax.hub.load import load_params
 from mlcm_jax.hub.pipeline import load_network, parameter_shapes
+from mlcm_jax.hub.preprocess import Preprocessor
 from mlcm_jax.models.clip import CLIPModel
 from mlcm_jax.rewards.networks.blip import ScoreHead
-from mlcm_jax.rewards.preprocess import Preprocessor
 from mlcm_jax.rewards.reward_model import RewardModel, RewardModelSpec, no_tokens, unit, weights_file
 
 WEIGHTS = "aesthetic.safetensors"

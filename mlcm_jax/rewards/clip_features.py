@@ -14,10 +14,10 @@ from jaxtyping import Float, Int, UInt8
 
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import load_network
+from mlcm_jax.hub.preprocess import Preprocessor
 from mlcm_jax.hub.tokenizer import load_tokenizer
 from mlcm_jax.models.clip import CLIPModel
 from mlcm_jax.models.clip_config import TextTowerConfig
-from mlcm_jax.rewards.preprocess import Preprocessor
 from mlcm_jax.sampling.conditioning import tokenize
 from mlcm_jax.types import Params
 

@@ -17,8 +17,8 @@ from PIL import Image
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.load import load_params, read_json
 from mlcm_jax.hub.network import Network, parameter_shapes
+from mlcm_jax.hub.preprocess import Preprocessor
 from mlcm_jax.rewards.networks.efficientnet_lite import EfficientNetLite
-from mlcm_jax.rewards.preprocess import Preprocessor
 from mlcm_jax.rewards.reward_model import batch_indices
 from mlcm_jax.types import Params
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from mlcm_jax.hub.load import load_params, read_json
 from mlcm_jax.hub.open_clip import OPEN_CLIP
 from mlcm_jax.hub.pipeline import network_shapes
+from mlcm_jax.hub.preprocess import Preprocessor
 from mlcm_jax.models.clip import CLIPModel
 from mlcm_jax.rewards.clip_features import clip_tokens, load_clip_tokenizer
 from mlcm_jax.rewards.clip_score import Similarity
-from mlcm_jax.rewards.preprocess import Preprocessor
 from mlcm_jax.rewards.reward_model import RewardModel, RewardModelSpec, weights_file
 
 WEIGHTS = "hps_v2.safetensors"

@@ -13,9 +13,9 @@ from jaxtyping import Int
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.load import load_params, read_json
 from mlcm_jax.hub.pipeline import parameter_shapes
+from mlcm_jax.hub.preprocess import CLIP_224, Preprocessor
 from mlcm_jax.hub.tokenizer import load_tokenizer
 from mlcm_jax.rewards.networks.blip import ImageReward, TextConfig, VisionConfig
-from mlcm_jax.rewards.preprocess import CLIP_224, Preprocessor
 from mlcm_jax.rewards.reward_model import RewardModel, RewardModelSpec, weights_file
 
 WEIGHTS = "image_reward.safetensors"

@@ -12,10 +12,10 @@ from jaxtyping import Array, Bool, Float, Int
 from mlcm_jax.hub.layout import Layout, Place
 from mlcm_jax.hub.load import load_params, read_json
 from mlcm_jax.hub.network import parameter_shapes
+from mlcm_jax.hub.preprocess import Preprocessor
 from mlcm_jax.models.clip import CLIPModel
 from mlcm_jax.rewards.clip_features import clip_tokens, load_clip_tokenizer
 from mlcm_jax.rewards.networks.cross_model import CrossModel
-from mlcm_jax.rewards.preprocess import Preprocessor
 from mlcm_jax.rewards.reward_model import RewardModel, RewardModelSpec, unit, weights_file
 
 WEIGHTS = "mps.safetensors"

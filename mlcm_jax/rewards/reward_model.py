@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from mlcm_jax.errors import UserError
-from mlcm_jax.rewards.preprocess import Preprocessor
+from mlcm_jax.hub.preprocess import Preprocessor
 from mlcm_jax.types import Params
 
 CHUNK = 16  # images that are scored at a time

@@ -10,9 +10,9 @@ from torch_weights import assert_close, randomise
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from mlcm_jax.errors import UserError
+from mlcm_jax.hub.preprocess import Preprocessor
 from mlcm_jax.rewards import clip_features
 from mlcm_jax.rewards.clip_features import image_features, load_clip_encoder
-from mlcm_jax.rewards.preprocess import Preprocessor
 
 TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT = TOWER | {"vocab_size": 20, "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1}

@@ -12,10 +12,10 @@ from torch_weights import assert_close, network_weights
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.load import load_params
 from mlcm_jax.hub.pipeline import parameter_shapes
+from mlcm_jax.hub.preprocess import Preprocessor
 from mlcm_jax.rewards import reward_model
 from mlcm_jax.rewards.image_reward import load_image_reward
 from mlcm_jax.rewards.networks.blip import ImageReward, TextConfig, VisionConfig
-from mlcm_jax.rewards.preprocess import Preprocessor
 
 BLIP_VISION = VisionConfig(24, 2, 3, 32, 16)
 MED = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
