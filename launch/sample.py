@@ -5,6 +5,7 @@ grid. Without --model the shipped emoji student is used; without --prompt as wel
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,10 @@ from mlcm_jax.diffusion.samplers import SAMPLERS
 from mlcm_jax.diffusion.scheduler_config import of_class
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.controlnet import load_controlnet
+from mlcm_jax.hub.ip_adapter import load_ip_adapter
 from mlcm_jax.hub.lora import parse_lora, with_loras
 from mlcm_jax.hub.pipeline import Pipeline
+from mlcm_jax.hub.t2i_adapter import load_t2i_adapter
 from mlcm_jax.hub.text import with_text
 from mlcm_jax.hub.vae import load_vae
 from mlcm_jax.images import image_grid, open_image, write_image
@@ -28,7 +31,7 @@ from mlcm_jax.model_flags import EMOJI, allow_shipped_model, chosen_loras, load_
 from mlcm_jax.models.attention_backend import BACKENDS, AttentionBackend
 from mlcm_jax.outputs import atomic_write, check_file, check_image_file
 from mlcm_jax.rng import MAX_SEED
-from mlcm_jax.sampling.control import Control
+from mlcm_jax.sampling.control import Adapter, AnyControl, Control, ImagePrompt
 from mlcm_jax.sampling.decode import TILING
 from mlcm_jax.sampling.image_to_image import checked_strength
 from mlcm_jax.sampling.text_to_image import TextToImage
@@ -42,6 +45,16 @@ TEXT = flags.DEFINE_string("text", None, "Folder of text encoders and tokenizers
 CONTROLNET = flags.DEFINE_multi_string("controlnet", None, "Folder of a ControlNetModel; give it again for more.")
 CONTROL_IMAGE = flags.DEFINE_multi_string("control_image", None, "The image that it follows, one for each ControlNet.")
 CONTROL_SCALE = flags.DEFINE_multi_float("control_scale", None, "How much it adds, one for each; default: 1.")
+T2I_ADAPTER = flags.DEFINE_multi_string("t2i_adapter", None, "Folder of a T2IAdapter; give it again for more.")
+ADAPTER_IMAGE = flags.DEFINE_multi_string("adapter_image", None, "The image that it follows, one for each of them.")
+ADAPTER_SCALE = flags.DEFINE_multi_float("adapter_scale", None, "How much it adds, one for each; default: 1.")
+ADAPTER_FACTOR = flags.DEFINE_float("adapter_factor", 1.0, "The part of the steps, the first, that they add in.")
+IP_ADAPTER = flags.DEFINE_multi_string("ip_adapter", None, "An IP-Adapter's .safetensors file, or a folder with one.")
+IP_ADAPTER_IMAGE = flags.DEFINE_multi_string("ip_adapter_image", None, "The image as a prompt, one for each of them.")
+IP_ADAPTER_SCALE = flags.DEFINE_multi_float("ip_adapter_scale", None, "Of the attention to it; default: 1.")
+IP_ADAPTER_IMAGE_ENCODER = flags.DEFINE_string(
+    "ip_adapter_image_encoder", None, "Folder of its image encoder; default: image_encoder beside the file."
+)
 IMAGE = flags.DEFINE_string("image", None, "An image to start from, for all prompts.")
 STRENGTH = flags.DEFINE_float("strength", None, "With --image: the part of the steps that is taken; default: 0.5.")
 MASK = flags.DEFINE_string("mask", None, "With --image: an image of its size, white where it is made new.")
@@ -84,31 +97,59 @@ def given_noise(pipeline: Pipeline, num_prompts: int) -> jax.Array:
     return jnp.asarray(latents.transpose(0, 2, 3, 1))
 
 
-def control_images() -> list[Image.Image]:
-    """Those of --control_image; raises UserError unless each ControlNet has one, and a scale or none."""
-    folders, images = CONTROLNET.value or [], CONTROL_IMAGE.value or []
-    scales = CONTROL_SCALE.value or []
-    if len(images) != len(folders) or (scales and len(scales) != len(folders)):
-        raise UserError(
-            f"There are {len(folders)} --controlnet, {len(images)} --control_image and {len(scales)} --control_scale: "
-            "give each ControlNet one image, and each or none of them a scale."
-        )
-    return [open_image(image) for image in images]
+KINDS = (
+    (CONTROLNET, CONTROL_IMAGE, CONTROL_SCALE),
+    (T2I_ADAPTER, ADAPTER_IMAGE, ADAPTER_SCALE),
+    (IP_ADAPTER, IP_ADAPTER_IMAGE, IP_ADAPTER_SCALE),
+)
 
 
-def controls_of(pipeline: Pipeline, images: list[Image.Image]) -> list[Control]:
-    """The ControlNets of the flags, which follow ``images``."""
-    scales = CONTROL_SCALE.value or [1.0] * len(images)
-    folders = CONTROLNET.value or []
-    networks = [load_controlnet(folder, pipeline, dtype=jnp.dtype(DTYPE.value)) for folder in folders]
-    return [Control(*each) for each in zip(networks, images, scales, strict=True)]
+class Asked(NamedTuple):
+    """A network that controls: where it is, the image that it follows and how much it counts."""
+
+    place: str
+    image: Image.Image
+    scale: float
+
+
+def asked_controls() -> list[list[Asked]]:
+    """Those of each of ``KINDS``; raises UserError unless each has an image, and a scale or none."""
+    found = []
+    for kind in KINDS:
+        places, images, scales = values = [flag.value or [] for flag in kind]
+        if len(images) != len(places) or (scales and len(scales) != len(places)):
+            given = [
+                f"{len(values)} --{flag.name}" for flag, values in zip(kind, (places, images, scales), strict=True)
+            ]
+            raise UserError(
+                f"There are {given[0]}, {given[1]} and {given[2]}: give each --{kind[0].name} one image, and each or "
+                "none of them a scale."
+            )
+        opened = map(open_image, images)
+        found.append([Asked(*each) for each in zip(places, opened, scales or [1.0] * len(places), strict=True)])
+    return found
+
+
+def loaded_controls(pipeline: Pipeline, asked: list[list[Asked]]) -> list[AnyControl]:
+    """What ``asked_controls`` found, for the pipeline."""
+    dtype, (controlnets, t2i_adapters, ip_adapters) = jnp.dtype(DTYPE.value), asked
+    factor, encoder = ADAPTER_FACTOR.value, IP_ADAPTER_IMAGE_ENCODER.value
+    controls: list[AnyControl] = [
+        Control(load_controlnet(place, pipeline, dtype=dtype), *rest) for place, *rest in controlnets
+    ]
+    controls += [
+        Adapter(load_t2i_adapter(place, pipeline, dtype=dtype), *rest, factor) for place, *rest in t2i_adapters
+    ]
+    for place, *rest in ip_adapters:
+        controls.append(ImagePrompt(load_ip_adapter(place, pipeline, image_encoder=encoder, dtype=dtype), *rest))
+    return controls
 
 
 def main():
     check_image_file("out", OUT.value)
     if SAVE_LATENTS.value:
         check_file("save_latents", SAVE_LATENTS.value, ".npy")
-    prompts, followed = asked_prompts(), control_images()
+    prompts, asked = asked_prompts(), asked_controls()
     image = open_image(IMAGE.value) if IMAGE.value else None
     mask = open_image(MASK.value, "L") if MASK.value else None
     checked_strength(image, STRENGTH.value, mask)
@@ -124,7 +165,7 @@ def main():
     if VAE.value:
         vae = load_vae(VAE.value, pipeline, dtype=jnp.dtype(DTYPE.value))
         pipeline = dataclasses.replace(pipeline, vae=vae)
-    controls = controls_of(pipeline, followed)
+    controls = loaded_controls(pipeline, asked)
     sampler = TextToImage(pipeline)
     if LATENTS.value is None:
         noise = sampler.noise(len(prompts), seed=SEED.value, image_size=flagged_size())

@@ -8,7 +8,7 @@ import numpy as np
 from mlcm_jax.diffusion.samplers import step_table
 from mlcm_jax.diffusion.schedule import Schedule
 from mlcm_jax.hub.network import NETWORKS, network_shapes
-from mlcm_jax.models import clip_config, controlnet_config, latent_lpips, tiny_vae, unet_config, vae
+from mlcm_jax.models import clip_config, controlnet_config, latent_lpips, t2i_adapter, tiny_vae, unet_config, vae
 
 TOWER = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 9}
 BLOCKS = {"block_out_channels": [8], "norm_num_groups": 4, "layers_per_block": 1}
@@ -22,6 +22,7 @@ UNET = BLOCKS | {
     "projection_class_embeddings_input_dim": 20,
 }
 CONTROLNET = {k: v for k, v in UNET.items() if k != "up_block_types"} | {"conditioning_embedding_out_channels": [4, 8]}
+ADAPTER = {"channels": [8, 8], "num_res_blocks": 1, "downscale_factor": 2}
 VISION = {k: v for k, v in TOWER.items() if k != "vocab_size"} | {"image_size": 8, "patch_size": 4}
 TINY = {f"{half}_block_out_channels": [8, 8] for half in ("encoder", "decoder")}
 TINY |= {f"num_{half}_blocks": [1, 1] for half in ("encoder", "decoder")}
@@ -29,6 +30,7 @@ TINY |= {f"num_{half}_blocks": [1, 1] for half in ("encoder", "decoder")}
 NETWORK_TABLES = {
     "UNet2DConditionModel": (UNET, unet_config.CONFIG_KEYS),
     "ControlNetModel": (CONTROLNET, controlnet_config.CONFIG_KEYS),
+    "T2IAdapter": (ADAPTER, t2i_adapter.CONFIG_KEYS),
     "AutoencoderKL": (BLOCKS, vae.CONFIG_KEYS),
     "AutoencoderTiny": (TINY, tiny_vae.CONFIG_KEYS),
     "CLIPTextModel": (TOWER, clip_config.TEXT_KEYS),

@@ -7,8 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mlcm_jax.errors import UserError
-from mlcm_jax.hub.load import read_json
+from mlcm_jax.hub.fit import check_class_name, check_made_for
 from mlcm_jax.hub.network import Network, build_module, load_network
 from mlcm_jax.hub.pipeline import Pipeline
 from mlcm_jax.models.controlnet_config import CLASS_NAME
@@ -20,21 +19,14 @@ def load_controlnet(folder: str | Path, pipeline: Pipeline, *, dtype: Any = jnp.
     dtype: compute dtype. Raises UserError when the folder holds none, and for one that was made for another UNet.
     """
     folder, unet = Path(folder), pipeline.unet
-    class_name = read_json(folder / "config.json").get("_class_name")
-    if class_name != CLASS_NAME:
-        raise UserError(f"{folder} holds {class_name}, not {CLASS_NAME}: name the folder of a ControlNet.")
+    check_class_name(folder, CLASS_NAME, "a ControlNet")
     module: Any
-    module, config = build_module(folder, class_name, dtype)
+    module, config = build_module(folder, CLASS_NAME, dtype)
     own: Any = unet.module
     ours, its = _shape(own, unet.config), _shape(module, config)
     ours["pixels along a latent"], its["pixels along a latent"] = pipeline.downscale, module.downscale
-    for key, value in ours.items():
-        if its[key] != value:
-            raise UserError(
-                f"{folder} was made for another UNet ({key}: {its[key]}, and the model has {value}): use a ControlNet "
-                "of the model's architecture."
-            )
-    network = load_network(folder, class_name, dtype=dtype)
+    check_made_for(folder, ours, its, "a ControlNet")
+    network = load_network(folder, CLASS_NAME, dtype=dtype)
     return dataclasses.replace(network, module=module.with_attention(own.config.attention))
 
 

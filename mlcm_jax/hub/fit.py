@@ -6,7 +6,8 @@ from typing import Any
 
 import flax.linen as nn
 
-from mlcm_jax.errors import UserError
+from mlcm_jax.errors import UserError, shortened
+from mlcm_jax.hub.tensor_reader import read_json
 
 NUM_TIME_IDS = 6
 # What a UNet is that takes other than 4 channels
@@ -46,6 +47,23 @@ def check_fit(folder: Path, pipeline_class: str, modules: Mapping[str, nn.Module
             "the text encoders that the UNet was trained with."
         )
     _check_added(folder, pipeline_class, encoders[-1], unet)
+
+
+def check_class_name(folder: Path, class_name: str, what: str) -> None:
+    """Raise UserError unless the config.json in ``folder`` is of that class. what: such a network, in words."""
+    found = read_json(folder / "config.json").get("_class_name")
+    if found != class_name:
+        raise UserError(f"{folder} holds {shortened(found, 60)}, not {class_name}: name the folder of {what}.")
+
+
+def check_made_for(place: Path, ours: Mapping[str, Any], its: Mapping[str, Any], what: str) -> None:
+    """Raise UserError where what a network was made for is not the model. what: the network, in words."""
+    for key, value in ours.items():
+        if its[key] != value:
+            raise UserError(
+                f"{place} was made for another UNet ({key}: {shortened(its[key], 60)}, and the model has "
+                f"{shortened(value, 60)}): use {what} of the model's architecture."
+            )
 
 
 def _check_added(folder: Path, pipeline_class: str, encoder: Any, unet: Mapping[str, Any]) -> None:

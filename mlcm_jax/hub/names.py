@@ -19,6 +19,7 @@ LISTS = (
     "up_blocks",
     "controlnet_down_blocks",
     "blocks",
+    "body",
     "resnets",
     "attentions",
     "downsamplers",

@@ -56,6 +56,11 @@ def _controlnet_inputs(config: Mapping[str, Any]) -> tuple:
     return sample, timesteps, conditioning, _image(side)
 
 
+def _t2i_adapter_inputs(config: Mapping[str, Any]) -> tuple:
+    side = 8 * config.get("downscale_factor", 8)
+    return (jax.ShapeDtypeStruct((1, side, side, config.get("in_channels", 3)), jnp.float32),)
+
+
 def _text_inputs(config: Mapping[str, Any]) -> tuple:
     return (_input(1, min(2, config.get("max_position_embeddings", 77)), dtype=jnp.int32),)
 
@@ -97,6 +102,7 @@ _TEXT = NetworkClass("mlcm_jax.models.clip", "CLIPTextModel", _text_inputs, "tra
 NETWORKS = {
     "UNet2DConditionModel": NetworkClass("mlcm_jax.models.unet", "UNet2DConditionModel", _unet_inputs),
     "ControlNetModel": NetworkClass("mlcm_jax.models.controlnet", "ControlNetModel", _controlnet_inputs),
+    "T2IAdapter": NetworkClass("mlcm_jax.models.t2i_adapter", "T2IAdapter", _t2i_adapter_inputs),
     "AutoencoderKL": NetworkClass("mlcm_jax.models.vae", "AutoencoderKL", _vae_inputs),
     "AutoencoderTiny": NetworkClass("mlcm_jax.models.tiny_vae", "AutoencoderTiny", _tiny_vae_inputs),
     "CLIPTextModel": _TEXT,

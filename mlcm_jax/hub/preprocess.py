@@ -96,6 +96,17 @@ class Preprocessor:
         normalised = (pixels.astype(np.float32) * self.scale - np.asarray(self.mean)) / np.asarray(self.std)
         return normalised.astype(np.float32)
 
+    def for_tower(self, images: UInt8[np.ndarray, "n H W 3"], side: int) -> Float[np.ndarray, "n h w 3"]:
+        """The same for a tower that takes squares of ``side`` pixels; raises UserError for images that come out at
+        another size."""
+        pixels = self(images)
+        if pixels.shape[1:3] != (side, side):
+            raise UserError(
+                f"The images come out at {pixels.shape[1]} x {pixels.shape[2]} pixels, but the CLIP takes {side} x "
+                f"{side}: give square images, or a preprocessor_config.json that crops them."
+            )
+        return pixels
+
     def differentiable(self, images: Float[Array, "n H W 3"]) -> Float[Array, "n h w 3"]:
         """The same for float images in [-1, 1], clipped to them, as a function that JAX can differentiate.
 
@@ -136,15 +147,13 @@ class Preprocessor:
         return pixels[:, top : top + crop_height, left : left + crop_width]
 
 
-# What OpenAI's 224 px towers take, open_clip's and BLIP's too
-CLIP_224 = Preprocessor(
-    resize=224,
-    crop=(224, 224),
-    resample=int(Image.Resampling.BICUBIC),
-    scale=1 / 255,
-    mean=KEYS["image_mean"][0],
-    std=KEYS["image_std"][0],
-)
+def clip_preprocessor(side: int) -> Preprocessor:
+    """What OpenAI's towers for squares of ``side`` pixels take, open_clip's and BLIP's too."""
+    mean, std = KEYS["image_mean"][0], KEYS["image_std"][0]
+    return Preprocessor(side, (side, side), int(Image.Resampling.BICUBIC), 1 / 255, mean, std)
+
+
+CLIP_224 = clip_preprocessor(224)
 
 
 def _size(key: str, value: Any) -> int | Size:

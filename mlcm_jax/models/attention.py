@@ -1,6 +1,7 @@
 """diffusers' Transformer2DModel: self-attention, attention to the prompt's states, gated feed-forward."""
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -11,21 +12,47 @@ from mlcm_jax.models.remat import rematerialised
 from mlcm_jax.parallel.sharding import split_batch
 
 
+@flax.struct.dataclass
+class ImageTokens:
+    """What an IP-Adapter makes of an image. scale: of the attention to it."""
+
+    tokens: Float[Array, "n k e"]
+    scale: Float[Array, " n"]
+
+
+@flax.struct.dataclass
+class Context:
+    """What a transformer attends to: the states of a prompt, and images."""
+
+    text: Float[Array, "n s e"]
+    images: tuple[ImageTokens, ...] = ()
+
+
 class Attention(nn.Module):
-    """Multi-head attention of ``x`` to ``context``; queries, keys and values have no bias."""
+    """Multi-head attention of ``x`` to ``context``; queries, keys and values have no bias.
+
+    Each image is attended to by itself, with keys and values of its own (arXiv 2308.06721, equation 5).
+    """
 
     heads: int
     backend: AttentionBackend
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "n t d"], context: Float[Array, "n s e"]) -> Float[Array, "n t d"]:
+    def __call__(self, x: Float[Array, "n t d"], context: Context) -> Float[Array, "n t d"]:
         width = x.shape[-1]
         q = Dense(width, use_bias=False, dtype=self.dtype, name="to_q")(x)
-        k = Dense(width, use_bias=False, dtype=self.dtype, name="to_k")(context)
-        v = Dense(width, use_bias=False, dtype=self.dtype, name="to_v")(context)
-        out = dot_product_attention(q, k, v, self.heads, backend=self.backend)
+        out = self._attend(q, context.text)
+        for i, image in enumerate(context.images):
+            scale = image.scale.astype(self.dtype)[:, None, None]
+            out = out + scale * self._attend(q, image.tokens, f"_ip_{i}")
         return Dense(width, dtype=self.dtype, name="to_out_0")(out)
+
+    def _attend(self, q: Float[Array, "n t d"], states: Float[Array, "n s e"], ending: str = "") -> Array:
+        """ending: of the names of the projections to keys and values."""
+        width, dtype = q.shape[-1], self.dtype
+        k, v = (Dense(width, use_bias=False, dtype=dtype, name=f"to_{each}{ending}")(states) for each in "kv")
+        return dot_product_attention(q, k, v, self.heads, backend=self.backend)
 
 
 class GEGLU(nn.Module):
@@ -59,10 +86,10 @@ class BasicTransformerBlock(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "n t d"], context: Float[Array, "n s e"]):
+    def __call__(self, x: Float[Array, "n t d"], context: Context):
         x, context = split_batch((x, context), self.backend.mesh)
         h = LayerNorm(dtype=self.dtype, name="norm1")(x)
-        x = x + Attention(self.heads, self.backend, self.dtype, name="attn1")(h, h)
+        x = x + Attention(self.heads, self.backend, self.dtype, name="attn1")(h, Context(h))
         h = LayerNorm(dtype=self.dtype, name="norm2")(x)
         x = x + Attention(self.heads, self.backend, self.dtype, name="attn2")(h, context)
         h = LayerNorm(dtype=self.dtype, name="norm3")(x)
@@ -85,7 +112,7 @@ class Transformer2DModel(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "n h w c"], context: Float[Array, "n s e"]) -> Float[Array, "n h w c"]:
+    def __call__(self, x: Float[Array, "n h w c"], context: Context) -> Float[Array, "n h w c"]:
         n, height, width, c = x.shape
         tokens = GroupNorm(self.groups, 1e-6, self.dtype, name="norm")(x)
         tokens = self._project("proj_in", tokens).reshape(n, height * width, c)
@@ -93,7 +120,7 @@ class Transformer2DModel(nn.Module):
             tokens = self._blocks(tokens, context)
         return x + self._project("proj_out", tokens.reshape(x.shape))
 
-    def _blocks(self, tokens: Float[Array, "n t d"], context: Float[Array, "n s e"]) -> Float[Array, "n t d"]:
+    def _blocks(self, tokens: Float[Array, "n t d"], context: Context) -> Float[Array, "n t d"]:
         block = rematerialised(BasicTransformerBlock, self.remat, prevent_cse=False)
         blocks = nn.scan(
             block,

@@ -1,6 +1,9 @@
 """diffusers' ControlNetModel (arXiv 2302.05543): a copy of a UNet's way down that sees an image, and adds to it."""
 
 import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mlcm_jax.models.attention import Context, ImageTokens
 from mlcm_jax.models.attention_backend import AUTO, AttentionBackend
 from mlcm_jax.models.controlnet_config import ControlNetConfig
 from mlcm_jax.models.layers import Conv
@@ -71,7 +75,8 @@ class ControlNetModel(UNetEncoder):
         embedding = ConditioningEmbedding(
             cfg.conditioning_embedding_out_channels, width, self.dtype, name="controlnet_cond_embedding"
         )
-        x, states = self.encode(x + embedding(image), temb, conditioning.hidden_states.astype(self.dtype))
+        context = Context(conditioning.hidden_states.astype(self.dtype))
+        x, states = self.encode(x + embedding(image), temb, context)
         down = (self._out(state, f"controlnet_down_blocks_{i}") for i, state in enumerate(states))
         return Residuals(tuple(down), self._out(x, "controlnet_mid_block"))
 
@@ -102,19 +107,36 @@ def copied_from_unet(params: Params, unet: Params) -> Params:
 
 
 @flax.struct.dataclass
+class AdapterFeatures:
+    """Of a T2I-Adapter, times its scale. last_timestep: the smallest at which they are added."""
+
+    maps: tuple[Float[Array, "n h w c"], ...]
+    last_timestep: Float[Array, " n"]
+
+
+@flax.struct.dataclass
 class Controlled:
-    """Conditioning of a UNet with ControlNets, an entry an example. images: RGB in [0, 1]. scales: of the residuals."""
+    """Conditioning of a UNet that is controlled, an entry an example.
+
+    images: of the ControlNets, RGB in [0, 1]. scales: of the ControlNets' residuals. features: of the T2I-Adapters.
+    prompts: of the IP-Adapters.
+    """
 
     text: TextConditioning
-    images: tuple[Float[Array, "n H W 3"], ...]
-    scales: tuple[Float[Array, " n"], ...]
+    images: tuple[Float[Array, "n H W 3"], ...] = ()
+    scales: tuple[Float[Array, " n"], ...] = ()
+    features: tuple[AdapterFeatures, ...] = ()
+    prompts: tuple[ImageTokens, ...] = ()
 
 
 class ControlledUNet(nn.Module):
-    """A UNet and the ControlNets that add to it, as one network that is called as a UNet is."""
+    """A UNet and the ControlNets that add to it, as one network that is called as a UNet is.
+
+    Where it has IP-Adapters, their weights are among the UNet's; what T2I-Adapters made is in its conditioning.
+    """
 
     unet: UNet2DConditionModel
-    controlnets: tuple[ControlNetModel, ...]
+    controlnets: tuple[ControlNetModel, ...] = ()
 
     def __call__(
         self,
@@ -126,6 +148,19 @@ class ControlledUNet(nn.Module):
         text, added = conditioning.text, []
         for controlnet, image, scale in zip(self.controlnets, conditioning.images, conditioning.scales, strict=True):
             residuals = controlnet(sample, timesteps, text, image)
-            added.append(jax.tree.map(lambda r, s=scale: r * s.astype(r.dtype).reshape(-1, 1, 1, 1), residuals))
-        total = jax.tree.map(lambda *each: sum(each[1:], each[0]), *added)
-        return self.unet(sample, timesteps, text, timestep_cond, total)
+            added.append(jax.tree.map(partial(_times, numbers=scale), residuals))
+        total = jax.tree.map(lambda *each: sum(each[1:], each[0]), *added) if added else None
+        features = _sums(conditioning.features, timesteps)
+        return self.unet(sample, timesteps, text, timestep_cond, total, features, conditioning.prompts)
+
+
+def _times(x: Float[Array, "n h w c"], numbers: Float[Array, " n"]) -> Float[Array, "n h w c"]:
+    """Each example times its number."""
+    return x * numbers.astype(x.dtype).reshape(-1, 1, 1, 1)
+
+
+def _sums(features: Sequence[AdapterFeatures], timesteps: Array) -> list[Float[Array, "n h w c"]]:
+    """What the adapters add at these timesteps, which may be a different number of maps."""
+    added = [[_times(m, timesteps >= each.last_timestep) for m in each.maps] for each in features]
+    levels = zip_longest(*added)
+    return [jax.tree.reduce(jnp.add, [m for m in maps if m is not None]) for maps in levels]

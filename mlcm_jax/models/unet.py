@@ -1,6 +1,7 @@
 """diffusers' UNet2DConditionModel from its config.json (SDXL, arXiv 2307.01952; SD, arXiv 2112.10752)."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mlcm_jax.models.attention import Transformer2DModel
+from mlcm_jax.models.attention import Context, ImageTokens, Transformer2DModel
 from mlcm_jax.models.attention_backend import AUTO, AttentionBackend
 from mlcm_jax.models.layers import Conv, Dense, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
 from mlcm_jax.models.remat import REMAT_POLICIES, rematerialised
@@ -83,18 +84,25 @@ class UNetBlock(nn.Module):
 
 
 class DownBlock(UNetBlock):
-    """DownBlock2D and CrossAttnDownBlock2D; returns the output and all states for the way up."""
+    """DownBlock2D and CrossAttnDownBlock2D; returns the output and all states for the way up.
+
+    feature: of T2I-Adapters, added where diffusers does: after the last transformer, or else to the block's output.
+    """
 
     downsample: bool = False
 
     @nn.compact
-    def __call__(self, x, temb, context):
-        states = []
+    def __call__(self, x, temb, context, feature=None):
+        states, attends = [], self.depths[-1] is not None
         for i in range(len(self.depths)):
             x = self.layer(i, x, temb, context)
             states.append(x)
+        if feature is not None and (attends or not self.downsample):
+            x = states[-1] = x + feature.astype(self.dtype)
         if self.downsample:
             x = Downsample2D(self.features, dtype=self.dtype, name="downsamplers_0")(x)
+            if feature is not None and not attends:
+                x = x + feature.astype(self.dtype)
             states.append(x)
         return x, states
 
@@ -129,6 +137,9 @@ class Residuals:
     mid: Float[Array, "n h w c"]
 
 
+Features = Sequence[Float[Array, "n h w c"]]  # of T2I-Adapters: of the down blocks in order, then of the middle
+
+
 class UNetEncoder(nn.Module):
     """The time's embedding, the way down and the middle, which UNet and ControlNet (models/controlnet.py) share."""
 
@@ -153,15 +164,18 @@ class UNetEncoder(nn.Module):
         added = jnp.concatenate([pooled, waves.reshape(len(pooled), -1)], axis=-1)
         return temb + TimestepEmbedding(4 * width, self.dtype, name="add_embedding")(added)
 
-    def encode(self, x: Float[Array, "n h w c"], temb, context) -> tuple[Float[Array, "n h2 w2 c2"], list[Any]]:
+    def encode(
+        self, x: Float[Array, "n h w c"], temb, context: Context, features: Features = ()
+    ) -> tuple[Float[Array, "n h2 w2 c2"], list[Any]]:
         """From what ``conv_in`` makes to the middle's output; also the states that the way up reads, x first."""
         cfg, states = self.config, [x]
-        last = len(cfg.block_out_channels) - 1
+        last, added = len(cfg.block_out_channels) - 1, dict(enumerate(features))
         for i, depths in enumerate(cfg.down_depths):
             block = DownBlock(*self.stage_args(i, depths), downsample=i < last, name=f"down_blocks_{i}")
-            x, new_states = block(x, temb, context)
+            x, new_states = block(x, temb, context, added.get(i))
             states += new_states
-        return MidBlock(*self.stage_args(last, cfg.mid_depths), name="mid_block")(x, temb, context), states
+        x = MidBlock(*self.stage_args(last, cfg.mid_depths), name="mid_block")(x, temb, context)
+        return (x if last + 1 not in added else x + added[last + 1].astype(self.dtype)), states
 
 
 class UNet2DConditionModel(UNetEncoder):
@@ -202,21 +216,23 @@ class UNet2DConditionModel(UNetEncoder):
         conditioning: TextConditioning,
         timestep_cond: Float[Array, "n e"] | None = None,
         residuals: Residuals | None = None,
+        features: Features = (),
+        images: tuple[ImageTokens, ...] = (),
     ) -> Float[Array, "n h w o"]:
         """Prediction for scaled latents at ``timesteps`` 0..999 (int or float, [n]), float32.
 
         timestep_cond: embedding of the guidance scale, for students with ``time_cond_proj_dim``. residuals: of
-        ControlNets.
+        ControlNets. features: of T2I-Adapters. images: of IP-Adapters.
         """
         cfg, last = self.config, len(self.config.block_out_channels) - 1
         if (timestep_cond is None) != (cfg.time_cond_proj_dim is None):
             raise ValueError("timestep_cond is given exactly when config.json has time_cond_proj_dim")
         inputs = (sample, timesteps, conditioning, timestep_cond)
         sample, timesteps, conditioning, timestep_cond = split_batch(inputs, cfg.attention.mesh)
-        context = conditioning.hidden_states.astype(self.dtype)
+        context = Context(conditioning.hidden_states.astype(self.dtype), images)
         temb = self.embed_time(timesteps, conditioning, timestep_cond)
         x = Conv(cfg.block_out_channels[0], dtype=self.dtype, name="conv_in")(sample)
-        x, states = self.encode(x, temb, context)
+        x, states = self.encode(x, temb, context, features)
         if residuals is not None:
             x = x + residuals.mid.astype(self.dtype)
             states = [state + added.astype(self.dtype) for state, added in zip(states, residuals.down, strict=True)]

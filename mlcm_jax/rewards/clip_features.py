@@ -71,13 +71,7 @@ def clip_tokens(tokenizer: Any, tower: TextTowerConfig, prompts: Sequence[str]) 
 
 def tower_pixels(encoder: ClipEncoder, images: UInt8[np.ndarray, "n H W 3"]) -> Float[np.ndarray, "n h w 3"]:
     """What the image tower takes; raises UserError when the images do not come out at its size."""
-    pixels, side = encoder.preprocessor(images), encoder.module.vision.image_size
-    if pixels.shape[1:3] != (side, side):
-        raise UserError(
-            f"The images come out at {pixels.shape[1]} x {pixels.shape[2]} pixels, but the CLIP takes {side} x {side}: "
-            "give square images, or a preprocessor_config.json that crops them."
-        )
-    return pixels
+    return encoder.preprocessor.for_tower(images, encoder.module.vision.image_size)
 
 
 @partial(jax.jit, static_argnames=("module", "method"))

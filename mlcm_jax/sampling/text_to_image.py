@@ -14,7 +14,7 @@ from mlcm_jax.hub.pipeline import Pipeline
 from mlcm_jax.image_size import ImageSize
 from mlcm_jax.rng import seed_key
 from mlcm_jax.sampling.conditioning import encode_prompts, unconditional
-from mlcm_jax.sampling.control import Control, controlled, controlled_unet
+from mlcm_jax.sampling.control import AnyControl, check_controls, controlled, controlled_unet
 from mlcm_jax.sampling.decode import decode, in_tiles
 from mlcm_jax.sampling.image_to_image import checked_strength, image_start
 from mlcm_jax.sampling.sample import default_guidance_scale, draw_noise, sample_latents
@@ -54,7 +54,7 @@ class TextToImage:
         image_size: ImageSize | None = None,
         latents: Latents | None = None,
         eta: float = 0.0,
-        controls: Sequence[Control] = (),
+        controls: Sequence[AnyControl] = (),
         image: Image.Image | None = None,
         strength: float | None = None,
         mask: Image.Image | None = None,
@@ -80,7 +80,7 @@ class TextToImage:
         image_size: ImageSize | None = None,
         latents: Latents | None = None,
         eta: float = 0.0,
-        controls: Sequence[Control] = (),
+        controls: Sequence[AnyControl] = (),
         image: Image.Image | None = None,
         strength: float | None = None,
         mask: Image.Image | None = None,
@@ -90,7 +90,8 @@ class TextToImage:
         guidance_scale: None takes the scheduler's usual one: 1 for students, 5 for teachers. negative_prompt: what a
         guidance scale above 1 leads away from; "": what the pipeline does without one. latents: initial noise,
         scaled to unit variance, instead of that of ``seed`` and ``image_size``; one prompt serves all of it.
-        eta: 0 to 1, the noise that TCDScheduler adds. controls: ControlNets, each with the image that it follows.
+        eta: 0 to 1, the noise that TCDScheduler adds. controls: ControlNets, T2I-Adapters and
+        IP-Adapters, each with the image that it follows.
         image: what to start from, for all prompts, with the noise of the first step that is taken. strength: 0 to 1,
         the part of the steps that is taken; None: 0.5. mask: white where the image is made new.
         Raises UserError, before anything is compiled, for a number of steps or a size that cannot work.
@@ -100,13 +101,16 @@ class TextToImage:
         n, height, width, _ = noise.shape
         size = height * pipeline.downscale, width * pipeline.downscale
         strength = checked_strength(image, strength, mask)
-        step_table(pipeline.scheduler_config, num_steps, eta, strength)  # answers a mistake before prompts are encoded
+        # what answers a mistake goes before the prompts are encoded
+        table = step_table(pipeline.scheduler_config, num_steps, eta, strength)
+        check_controls(controls)
         start = None if image is None else image_start(pipeline, image, strength, mask, size)
         unet, negative = pipeline.unet, unconditional(pipeline, n, size, negative_prompt)
         conditioning = encode_prompts(pipeline, prompts if len(prompts) == n else prompts * n, size)
         if controls:
             unet = controlled_unet(unet, controls)
-            conditioning, negative = (controlled(text, controls, size) for text in (conditioning, negative))
+            taken = table.timesteps, int(num_steps * strength)
+            conditioning, negative = controlled(conditioning, negative, controls, size, *taken)
         return sample_latents(
             unet,
             pipeline.scheduler_config,
