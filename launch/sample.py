@@ -48,7 +48,9 @@ CONTROL_SCALE = flags.DEFINE_multi_float("control_scale", None, "How much it add
 T2I_ADAPTER = flags.DEFINE_multi_string("t2i_adapter", None, "Folder of a T2IAdapter; give it again for more.")
 ADAPTER_IMAGE = flags.DEFINE_multi_string("adapter_image", None, "The image that it follows, one for each of them.")
 ADAPTER_SCALE = flags.DEFINE_multi_float("adapter_scale", None, "How much it adds, one for each; default: 1.")
-ADAPTER_FACTOR = flags.DEFINE_float("adapter_factor", 1.0, "The part of the steps, the first, that they add in.")
+ADAPTER_FACTOR = flags.DEFINE_float(
+    "adapter_factor", None, "The part of the steps, the first, that they add in; default: 1.", 0.0, 1.0
+)
 IP_ADAPTER = flags.DEFINE_multi_string("ip_adapter", None, "An IP-Adapter's .safetensors file, or a folder with one.")
 IP_ADAPTER_IMAGE = flags.DEFINE_multi_string("ip_adapter_image", None, "The image as a prompt, one for each of them.")
 IP_ADAPTER_SCALE = flags.DEFINE_multi_float("ip_adapter_scale", None, "Of the attention to it; default: 1.")
@@ -114,13 +116,14 @@ class Asked(NamedTuple):
 
 def asked_controls() -> list[list[Asked]]:
     """Those of each of ``KINDS``; raises UserError unless each has an image, and a scale or none."""
+    for setting, network in ((ADAPTER_FACTOR, T2I_ADAPTER), (IP_ADAPTER_IMAGE_ENCODER, IP_ADAPTER)):
+        if setting.value is not None and not network.value:
+            raise UserError(f"There is --{setting.name} and no --{network.name}: give that as well.")
     found = []
     for kind in KINDS:
         places, images, scales = values = [flag.value or [] for flag in kind]
         if len(images) != len(places) or (scales and len(scales) != len(places)):
-            given = [
-                f"{len(values)} --{flag.name}" for flag, values in zip(kind, (places, images, scales), strict=True)
-            ]
+            given = [f"{len(each)} --{flag.name}" for flag, each in zip(kind, values, strict=True)]
             raise UserError(
                 f"There are {given[0]}, {given[1]} and {given[2]}: give each --{kind[0].name} one image, and each or "
                 "none of them a scale."
@@ -133,7 +136,8 @@ def asked_controls() -> list[list[Asked]]:
 def loaded_controls(pipeline: Pipeline, asked: list[list[Asked]]) -> list[AnyControl]:
     """What ``asked_controls`` found, for the pipeline."""
     dtype, (controlnets, t2i_adapters, ip_adapters) = jnp.dtype(DTYPE.value), asked
-    factor, encoder = ADAPTER_FACTOR.value, IP_ADAPTER_IMAGE_ENCODER.value
+    factor = 1.0 if ADAPTER_FACTOR.value is None else ADAPTER_FACTOR.value
+    encoder = IP_ADAPTER_IMAGE_ENCODER.value
     controls: list[AnyControl] = [
         Control(load_controlnet(place, pipeline, dtype=dtype), *rest) for place, *rest in controlnets
     ]

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 
 from mlcm_jax.errors import UserError, listed
@@ -147,7 +148,14 @@ def _names(unet_params: Params) -> dict[str, str]:
 
 
 def _preprocessor(pipeline: Pipeline, side: int) -> Preprocessor:
-    """As diffusers' pipeline has it: its own, or else one that comes out at the encoder's size."""
+    """As diffusers' pipeline has it: its own, or else one that is made for the encoder.
+
+    Raises UserError for one whose images do not come out at ``side``, the encoder's size.
+    """
     own = pipeline.folder / "feature_extractor"
     named = pipeline.model_index.get("feature_extractor") or [None]
-    return Preprocessor.from_folder(own) if named[0] and own.is_dir() else clip_preprocessor(side)
+    if not named[0] or not own.is_dir():
+        return clip_preprocessor(side)
+    preprocessor = Preprocessor.from_folder(own)
+    preprocessor.for_tower(np.zeros((1, 2 * side, 3 * side, 3), np.uint8), side)
+    return preprocessor

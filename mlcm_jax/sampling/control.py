@@ -32,8 +32,8 @@ class Control(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """network: of hub.t2i_adapter. image, scale: as Control has them. factor: 0 to 1, the part of the steps, the first, that it
-    adds in."""
+    """network: of hub.t2i_adapter. image, scale: as Control has them. factor: the part of the steps, the first, that
+    it adds in, 0 to 1."""
 
     network: Network
     image: Image.Image

@@ -4,82 +4,33 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
-from diffusers import (
-    MultiAdapter,
-    StableDiffusionAdapterPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLAdapterPipeline,
-    StableDiffusionXLPipeline,
-    T2IAdapter,
-)
+from adapter_cases import PIPELINES, SIDE, drawing, save_adapters, save_ip_adapter
+from diffusers import MultiAdapter, StableDiffusionAdapterPipeline, StableDiffusionXLAdapterPipeline, T2IAdapter
+from one_sentence import assert_one_sentence
 from PIL import Image
-from safetensors.torch import save_file
-from torch_weights import assert_close, channels_first, channels_last, randomise
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
+from tiny_models import ONE_LEVEL_XL, save_sdxl
+from torch_weights import assert_close, channels_first, channels_last
+from transformers import CLIPImageProcessorPil
 
 from mlcm_jax import load_pipeline
+from mlcm_jax.errors import UserError
 from mlcm_jax.hub.ip_adapter import load_ip_adapter
 from mlcm_jax.hub.t2i_adapter import load_t2i_adapter
 from mlcm_jax.sampling.control import Adapter, ImagePrompt
 
 PROMPTS = ["red heart", "a cat"]
 NOISE = np.random.default_rng(0).standard_normal((2, 16, 16, 4), np.float32)
-SIDE, EMBEDDING = 16, 12  # of the tiny image encoder: pixels, and numbers of an embedding
-PIPELINES = {"sdxl": StableDiffusionXLPipeline, "sd15": StableDiffusionPipeline}
-
-
-def drawing(seed, mode="RGB", size=(40, 24)):
-    """An image, smaller and of another shape than the samples."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)
-    return Image.fromarray(pixels).convert(mode)
-
-
-def save_t2i_adapter(folder, seed, **config):
-    model = randomise(T2IAdapter(**config), seed)
-    model.save_pretrained(folder)
-    return model
-
-
-def save_ip_adapter(unet, folder, seed=5):
-    """A file in the layout of h94/IP-Adapter and an image encoder beside it."""
-    generator, width = torch.Generator().manual_seed(seed), unet.config.cross_attention_dim
-
-    def noise(*shape):
-        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
-
-    tensors = {"image_proj.proj.weight": noise(4 * width, EMBEDDING), "image_proj.proj.bias": noise(4 * width)}
-    tensors |= {"image_proj.norm.weight": 1 + noise(width), "image_proj.norm.bias": noise(width)}
-    for i, name in enumerate(unet.attn_processors):
-        if "attn2" in name:
-            inner = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
-            tensors |= {f"ip_adapter.{i}.{to}_ip.weight": noise(inner, width) for to in ("to_k", "to_v")}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "ip-adapter.safetensors")
-    tower = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2}
-    config = CLIPVisionConfig(**tower, image_size=SIDE, patch_size=8, projection_dim=EMBEDDING)
-    randomise(CLIPVisionModelWithProjection(config), seed).save_pretrained(folder / "image_encoder")
-    return folder / "ip-adapter.safetensors"
 
 
 @pytest.fixture(scope="module")
-def places(sdxl_folder, sd15_folder, tmp_path_factory):
-    """Folder with adapters for the tiny pipelines by family, and images."""
-    root, folders = tmp_path_factory.mktemp("adapters"), {"sdxl": sdxl_folder, "sd15": sd15_folder}
-    for family, folder in folders.items():
-        save_ip_adapter(PIPELINES[family].from_pretrained(folder, local_files_only=True).unet, root / family)
-        for seed in (1, 2):
-            config = {"channels": (32, 64), "num_res_blocks": 1, "downscale_factor": 4}
-            kind = {"adapter_type": "full_adapter_xl", "in_channels": 3 if family == "sdxl" else 1}
-            save_t2i_adapter(root / family / f"t2i_{seed}", seed, **config, **kind)
-    drawing(0).save(root / "edges.png")
-    return root
+def folders(sd15_folder, tmp_path_factory):
+    """Pipelines by family: one level, a third of the time to compile, and two with attention on both ways."""
+    return {"sdxl": save_sdxl(tmp_path_factory.mktemp("one_level"), ONE_LEVEL_XL), "sd15": sd15_folder}
 
 
 @pytest.fixture(scope="module")
-def loaded(sdxl_folder, sd15_folder):
-    """(diffusers' parts, our pipeline) by family."""
-    folders = {"sdxl": sdxl_folder, "sd15": sd15_folder}
+def loaded(folders):
+    """(diffusers' pipeline, ours) by family."""
 
     def load(family):
         plain = PIPELINES[family].from_pretrained(folders[family], local_files_only=True)
@@ -88,6 +39,16 @@ def loaded(sdxl_folder, sd15_folder):
         return plain, load_pipeline(folders[family])
 
     return load
+
+
+@pytest.fixture(scope="module")
+def places(loaded, tmp_path_factory):
+    """A folder with adapters for the tiny pipelines by family, and an image."""
+    root = tmp_path_factory.mktemp("adapters")
+    for family in PIPELINES:
+        save_adapters(loaded(family)[0].unet, root / family, family)
+    drawing(0).save(root / "edges.png")
+    return root
 
 
 def adapters_of(folder, pipeline, scales, mode, factor=1.0):
@@ -119,7 +80,7 @@ def test_sdxl_with_two_adapters_and_an_image_prompt_is_diffusers(loaded, places,
     reference.set_ip_adapter_scale(0.6)
     theirs = reference(
         PROMPTS,
-        image=[drawing(0), drawing(1)],
+        image=[[drawing(0)] * 2, [drawing(1)] * 2],  # one image each for both prompts
         adapter_conditioning_scale=[0.7, 1.3],
         adapter_conditioning_factor=0.5,
         ip_adapter_image=drawing(7),
@@ -140,7 +101,7 @@ def test_sd15_with_a_grey_adapter_is_diffusers(loaded, places):
     reference = StableDiffusionAdapterPipeline(**parts, adapter=model, requires_safety_checker=False)
     reference.set_progress_bar_config(disable=True)
     settings = {"guidance_scale": 5.0, "latents": channels_first(NOISE), "num_inference_steps": 2}
-    theirs = reference(PROMPTS, image=drawing(0, "L"), adapter_conditioning_scale=0.7, **settings, **SIZES).images
+    theirs = reference(PROMPTS, image=[drawing(0, "L")] * 2, adapter_conditioning_scale=0.7, **settings, **SIZES).images
     controls = adapters_of(places / "sd15", ours.pipeline, [0.7], "L")
     assert_sampled(ours, controls, theirs, num_steps=2, guidance_scale=5.0)
 
@@ -158,3 +119,53 @@ def test_sd15_with_two_image_prompts_is_diffusers(loaded, places):
     adapters = [load_ip_adapter(file, ours.pipeline) for file in files]
     controls = [ImagePrompt(*each) for each in zip(adapters, images, scales, strict=True)]
     assert_sampled(ours, controls, theirs, num_steps=2, guidance_scale=5.0)
+
+
+def test_the_program_draws_what_the_function_does(launch, folders, loaded, places, tmp_path):
+    out, folder, edges = tmp_path / "image.png", places / "sdxl", places / "edges.png"
+    given = [f"--t2i_adapter={folder / 't2i_1'}", f"--adapter_image={edges}", "--adapter_scale=0.5"]
+    given += [f"--ip_adapter={folder}", f"--ip_adapter_image={edges}", "--ip_adapter_scale=2", "--guidance_scale=1"]
+    result = launch("sample", f"--model={folders['sdxl']}", "--prompt=a", "--steps=1", *given, f"--out={out}")
+    assert result["status"] == 0, result["stderr"]
+    _, ours = loaded("sdxl")
+    image = Image.open(edges)
+    controls = [
+        Adapter(load_t2i_adapter(folder / "t2i_1", ours.pipeline), image, 0.5),
+        ImagePrompt(load_ip_adapter(folder, ours.pipeline), image, 2.0),
+    ]
+    expected = ours(["a"], num_steps=1, guidance_scale=1.0, controls=controls)[0].astype(int)
+    assert np.abs(np.asarray(Image.open(out), int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"scale": float("nan")}, "A control has the scale nan"),
+        ({"factor": 1.5}, "A T2I-Adapter has the factor 1.5"),
+        ({"factor": float("nan")}, "A T2I-Adapter has the factor nan"),
+    ],
+)
+def test_mistakes(loaded, places, settings, words):
+    _, ours = loaded("sdxl")
+    (control,) = adapters_of(places / "sdxl", ours.pipeline, [1.0], "RGB")
+    with pytest.raises(UserError, match=words):
+        ours("a", num_steps=1, controls=[control._replace(**settings)])
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--t2i_adapter=NET"], ["1 --t2i_adapter, 0 --adapter_image and 0 --adapter_scale"]),
+        (["--ip_adapter_image=IMAGE"], ["0 --ip_adapter, 1 --ip_adapter_image"]),
+        (["--adapter_factor=0.5"], ["There is --adapter_factor and no --t2i_adapter"]),
+        (["--ip_adapter=NET", "--ip_adapter_image=nowhere.png"], ["nowhere.png cannot be read as an image"]),
+        (["--ip_adapter=NET", "--ip_adapter_image=IMAGE", "--ip_adapter_scale=nan"], ["is no finite number"]),
+        (["--t2i_adapter=NET", "--adapter_image=IMAGE", "--adapter_factor=2"], ["adapter_factor"]),
+        (["--t2i_adapter=nowhere", "--adapter_image=IMAGE"], ["nowhere/config.json does not exist"]),
+    ],
+)
+def test_mistakes_of_the_program(launch, folders, places, tmp_path, args, words):
+    named = {"NET": str(places / "sdxl"), "IMAGE": str(places / "edges.png")}
+    given = [f"{flag}={named.get(value, value)}" for flag, _, value in (arg.partition("=") for arg in args)]
+    result = launch("sample", f"--model={folders['sdxl']}", "--prompt=a", *given, f"--out={tmp_path / 'a.png'}")
+    assert_one_sentence(result, *words)
