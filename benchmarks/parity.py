@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 TEACHER = ROOT / "examples" / "emoji" / "teacher"
 SDXL = ROOT / "configs" / "architectures" / "sdxl"
 
-FULL = flags.DEFINE_bool("full", False, "SDXL's UNet, text towers and autoencoder at their own sizes, too.")
+FULL = flags.DEFINE_bool("full", False, "SDXL's networks at their own sizes, too.")
 ONLY = flags.DEFINE_string("only", "", "Run only the rows whose name contains this.")
 THREADS = flags.DEFINE_integer("threads", 1, "Threads of torch; bind the process to as many cores for ours.")
 OUT = flags.DEFINE_string("out", "", "File for the table; empty: only print it.")
@@ -37,6 +37,7 @@ PARTS = {
     "text_encoder": "CLIPTextModel",
     "text_encoder_2": "CLIPTextModelWithProjection",
 }
+SDXL_ADAPTER = {"adapter_type": "full_adapter_xl", "downscale_factor": 16}
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 _SMALL_UNET = {
     "block_out_channels": [32, 64],
@@ -75,6 +76,7 @@ def cases(full: bool) -> dict[str, tuple[str, str | dict[str, Any], bool]]:
     for name, config in SMALL_UNETS.items():
         rows[f"unet, small {name}"] = ("UNet2DConditionModel", config, False)
     if full:
+        rows["t2i_adapter, SDXL"] = ("T2IAdapter", SDXL_ADAPTER, False)
         for part, class_name in reversed(PARTS.items()):
             rows[f"{part}, SDXL"] = (class_name, str(SDXL / part), False)
     return rows
@@ -104,6 +106,8 @@ def make_inputs(class_name: str, config: dict[str, Any]) -> dict[str, np.ndarray
         return inputs | ({"guidance": normal(1, guidance)} if guidance else {})
     if class_name == "AutoencoderKL":
         return {"images": rng.uniform(-1, 1, (1, 128, 128, 3)).astype(np.float32), "latents": normal(1, 16, 16, 4)}
+    if class_name == "T2IAdapter":
+        return {"images": rng.random((1, 256, 256, 3), np.float32)}
     return {"ids": rng.integers(0, min(config["vocab_size"], 49407), (1, config["max_position_embeddings"]))}
 
 
@@ -170,9 +174,14 @@ def _torch_text(model, ids):
     return [out.hidden_states[-2], out.last_hidden_state, pooled]
 
 
+def _torch_adapter(model, images):
+    return [feature.permute(0, 2, 3, 1) for feature in model(images.permute(0, 3, 1, 2))]
+
+
 TORCH_CALLS = {
     "UNet2DConditionModel": _torch_unet,
     "AutoencoderKL": _torch_vae,
+    "T2IAdapter": _torch_adapter,
     "CLIPTextModel": _torch_text,
     "CLIPTextModelWithProjection": _torch_text,
 }
@@ -208,9 +217,14 @@ def _jax_text(module, params, ids):
     return [out.penultimate, out.last_hidden_state, out.pooled]
 
 
+def _jax_adapter(module, params, images):
+    return list(module.apply({"params": params}, images))
+
+
 JAX_CALLS = {
     "UNet2DConditionModel": _jax_unet,
     "AutoencoderKL": _jax_vae,
+    "T2IAdapter": _jax_adapter,
     "CLIPTextModel": _jax_text,
     "CLIPTextModelWithProjection": _jax_text,
 }

@@ -16,6 +16,7 @@ from mlcm_jax import load_pipeline
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.ip_adapter import load_ip_adapter
 from mlcm_jax.hub.t2i_adapter import load_t2i_adapter
+from mlcm_jax.images import image_grid
 from mlcm_jax.sampling.control import Adapter, ImagePrompt
 
 PROMPTS = ["red heart", "a cat"]
@@ -57,6 +58,12 @@ def adapters_of(folder, pipeline, scales, mode, factor=1.0):
     return [Adapter(*each, factor) for each in zip(networks, images, scales, strict=True)]
 
 
+def sdxl_controls(folder, ours, scales, prompt_scale):
+    """Two T2I-Adapters in half of the steps, and an IP-Adapter."""
+    prompt = ImagePrompt(load_ip_adapter(folder, ours.pipeline), drawing(7), prompt_scale)
+    return [*adapters_of(folder, ours.pipeline, scales, "RGB", factor=0.5), prompt]
+
+
 def assert_sampled(ours, controls, theirs, **settings):
     """Ours equal ``theirs``, and the controls have changed them."""
     found = ours.sample(PROMPTS, latents=NOISE, controls=controls, **settings)
@@ -89,8 +96,7 @@ def test_sdxl_with_two_adapters_and_an_image_prompt_is_diffusers(loaded, places,
         num_inference_steps=3,
         **SIZES,
     ).images
-    controls = adapters_of(places / "sdxl", ours.pipeline, [0.7, 1.3], "RGB", factor=0.5)
-    controls.append(ImagePrompt(load_ip_adapter(file.parent, ours.pipeline), drawing(7), 0.6))
+    controls = sdxl_controls(places / "sdxl", ours, (0.7, 1.3), 0.6)
     assert_sampled(ours, controls, theirs, num_steps=3, guidance_scale=guidance_scale)
 
 
@@ -123,18 +129,16 @@ def test_sd15_with_two_image_prompts_is_diffusers(loaded, places):
 
 def test_the_program_draws_what_the_function_does(launch, folders, loaded, places, tmp_path):
     out, folder, edges = tmp_path / "image.png", places / "sdxl", places / "edges.png"
-    given = [f"--t2i_adapter={folder / 't2i_1'}", f"--adapter_image={edges}", "--adapter_scale=0.5"]
-    given += [f"--ip_adapter={folder}", f"--ip_adapter_image={edges}", "--ip_adapter_scale=2", "--guidance_scale=1"]
-    result = launch("sample", f"--model={folders['sdxl']}", "--prompt=a", "--steps=1", *given, f"--out={out}")
+    given = [f"--adapter_image={edges}", f"--ip_adapter_image={edges}", "--guidance_scale=1", "--adapter_factor=0.5"]
+    given += [f"--t2i_adapter={folder / 't2i_1'}", "--adapter_scale=0.5", f"--ip_adapter={folder}"]
+    given += [f"--t2i_adapter={folder / 't2i_2'}", "--adapter_scale=2", f"--adapter_image={edges}"]
+    given += ["--ip_adapter_scale=2", *(f"--prompt={each}" for each in PROMPTS)]
+    result = launch("sample", f"--model={folders['sdxl']}", "--steps=2", *given, f"--out={out}")
     assert result["status"] == 0, result["stderr"]
     _, ours = loaded("sdxl")
-    image = Image.open(edges)
-    controls = [
-        Adapter(load_t2i_adapter(folder / "t2i_1", ours.pipeline), image, 0.5),
-        ImagePrompt(load_ip_adapter(folder, ours.pipeline), image, 2.0),
-    ]
-    expected = ours(["a"], num_steps=1, guidance_scale=1.0, controls=controls)[0].astype(int)
-    assert np.abs(np.asarray(Image.open(out), int) - expected).max() <= 1
+    controls = [control._replace(image=Image.open(edges)) for control in sdxl_controls(folder, ours, (0.5, 2.0), 2.0)]
+    expected = ours(PROMPTS, num_steps=2, guidance_scale=1.0, controls=controls)
+    assert np.abs(np.asarray(Image.open(out), int) - image_grid(expected, columns=2)).max() <= 1
 
 
 @pytest.mark.parametrize(
