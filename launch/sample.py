@@ -138,14 +138,14 @@ def loaded_controls(pipeline: Pipeline, asked: list[list[Asked]]) -> list[AnyCon
     dtype, (controlnets, t2i_adapters, ip_adapters) = jnp.dtype(DTYPE.value), asked
     factor = 1.0 if ADAPTER_FACTOR.value is None else ADAPTER_FACTOR.value
     encoder = IP_ADAPTER_IMAGE_ENCODER.value
-    controls: list[AnyControl] = [
-        Control(load_controlnet(place, pipeline, dtype=dtype), *rest) for place, *rest in controlnets
-    ]
-    controls += [
-        Adapter(load_t2i_adapter(place, pipeline, dtype=dtype), *rest, factor) for place, *rest in t2i_adapters
-    ]
-    for place, *rest in ip_adapters:
-        controls.append(ImagePrompt(load_ip_adapter(place, pipeline, image_encoder=encoder, dtype=dtype), *rest))
+    controls: list[AnyControl] = []
+    for each in controlnets:
+        controls.append(Control(load_controlnet(each.place, pipeline, dtype=dtype), each.image, each.scale))
+    for each in t2i_adapters:
+        controls.append(Adapter(load_t2i_adapter(each.place, pipeline, dtype=dtype), each.image, each.scale, factor))
+    for each in ip_adapters:
+        adapter = load_ip_adapter(each.place, pipeline, image_encoder=encoder, dtype=dtype)
+        controls.append(ImagePrompt(adapter, each.image, each.scale))
     return controls
 
 

@@ -141,10 +141,11 @@ def _names(unet_params: Params) -> dict[str, str]:
         part, *rest = name.split(".")
         return PARTS.index(part), [int(word) for word in rest if word.isdigit()]
 
-    ours = [name for _, _, group in names.walk(_attention(unet_params)) for name in group]
-    modules = sorted({name.rsplit(".", 2)[0] for name in ours}, key=place)
+    groups = (group for _, _, group in names.walk(_attention(unet_params)))
+    ours = [name.rsplit(".", 2) for group in groups for name in group]
+    modules = sorted({module for module, _, _ in ours}, key=place)
     number = {module: 2 * i + 1 for i, module in enumerate(modules)}
-    return {f"ip_adapter.{number[n.rsplit('.', 2)[0]]}.{'.'.join(n.rsplit('.', 2)[1:])}": n for n in ours}
+    return {f"ip_adapter.{number[module]}.{to}.{leaf}": f"{module}.{to}.{leaf}" for module, to, leaf in ours}
 
 
 def _preprocessor(pipeline: Pipeline, side: int) -> Preprocessor:

@@ -90,10 +90,9 @@ class TextToImage:
         guidance_scale: None takes the scheduler's usual one: 1 for students, 5 for teachers. negative_prompt: what a
         guidance scale above 1 leads away from; "": what the pipeline does without one. latents: initial noise,
         scaled to unit variance, instead of that of ``seed`` and ``image_size``; one prompt serves all of it.
-        eta: 0 to 1, the noise that TCDScheduler adds. controls: ControlNets, T2I-Adapters and
-        IP-Adapters, each with the image that it follows.
-        image: what to start from, for all prompts, with the noise of the first step that is taken. strength: 0 to 1,
-        the part of the steps that is taken; None: 0.5. mask: white where the image is made new.
+        eta: 0 to 1, the noise that TCDScheduler adds. controls: ControlNets, T2I-Adapters and IP-Adapters, each with
+        its image. image: what to start from, for all prompts, with the noise of the first step that is taken.
+        strength: 0 to 1, the part of the steps that is taken; None: 0.5. mask: white where the image is made new.
         Raises UserError, before anything is compiled, for a number of steps or a size that cannot work.
         """
         noise, pipeline = self._start(prompts, seed, image_size, latents), self.pipeline
