@@ -120,15 +120,14 @@ def asked_controls() -> list[list[Asked]]:
         if setting.value is not None and not network.value:
             raise UserError(f"There is --{setting.name} and no --{network.name}: give that as well.")
     found = []
-    for kind in KINDS:
-        places, images, scales = values = [flag.value or [] for flag in kind]
+    for network, image, scale in KINDS:
+        places, images, scales = network.value or [], image.value or [], scale.value or []
         if len(images) != len(places) or (scales and len(scales) != len(places)):
-            given = [f"{len(each)} --{flag.name}" for flag, each in zip(kind, values, strict=True)]
             raise UserError(
-                f"There are {given[0]}, {given[1]} and {given[2]}: give each --{kind[0].name} one image, and each or "
-                "none of them a scale."
+                f"There are {len(places)} --{network.name}, {len(images)} --{image.name} and {len(scales)} "
+                f"--{scale.name}: give each --{network.name} one image, and each or none of them a scale."
             )
-        opened = map(open_image, images)
+        opened = [open_image(each) for each in images]
         found.append([Asked(*each) for each in zip(places, opened, scales or [1.0] * len(places), strict=True)])
     return found
 
