@@ -23,12 +23,12 @@ from mlcm_jax.types import Params, TextConditioning
 ShardingRule = Callable[[str, Params], Any]
 
 
-# Shapes suffice: nothing here starts a backend.
-def _input(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+def _input(*shape: int, dtype: Any = jnp.float32) -> Any:
+    """In place of an array: nothing here starts a backend."""
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _image(size: int) -> jax.ShapeDtypeStruct:
+def _image(size: int) -> Any:
     return _input(1, size, size, 3)
 
 

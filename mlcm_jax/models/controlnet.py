@@ -92,7 +92,7 @@ def copied_from_unet(params: Params, unet: Params) -> Params:
     first blocks.
     """
 
-    def start(path: tuple[jax.tree_util.DictKey, ...], new: jax.Array) -> jax.Array:
+    def start(path: tuple[Any, ...], new: jax.Array) -> jax.Array:
         names = [key.key for key in path]
         if names[0].startswith(ZERO_AT_START) or names[:2] == ["controlnet_cond_embedding", "conv_out"]:
             return jnp.zeros_like(new)
