@@ -19,11 +19,9 @@ from mlcm_jax.errors import UserError
 from mlcm_jax.hub.lora import parse_lora, with_loras
 from mlcm_jax.hub.pipeline import save_pipeline
 from mlcm_jax.hub.single_file import save_single_file
-from mlcm_jax.hub.text import with_text
 from mlcm_jax.model_flags import load_model
 from mlcm_jax.outputs import check_file, check_folder
 
-TEXT = flags.DEFINE_string("text", None, "Folder of text encoders and tokenizers to use in place of the model's own.")
 LORA = flags.DEFINE_multi_string("lora", None, "LoRA to fold in, PLACE or PLACE:SCALE; give it again for more.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "float16", "bfloat16"], "Of what is written; default: as read.")
 OUT = flags.DEFINE_string("out", None, "Folder, or .safetensors file, to write; it must not exist yet.", required=True)
@@ -38,11 +36,8 @@ def main():
     (check_file if single else check_folder)("out", out)
     for entry in LORA.value or []:
         parse_lora(entry)  # answers a mistake before the model is read
-    pipeline = load_model()
-    if TEXT.value:
-        pipeline = with_text(pipeline, TEXT.value)
-    pipeline = with_loras(pipeline, LORA.value or [])
-    networks = pipeline.networks()
+    pipeline = with_loras(load_model(), LORA.value or [])
+    networks = pipeline.diffusers_networks()
     if single:
         params = {part: network.params for part, network in networks.items()}
         class_name, scheduler_config = pipeline.model_index["_class_name"], pipeline.scheduler_config

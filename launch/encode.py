@@ -6,7 +6,8 @@
 
 Latents are for config.latents. --images: a folder of images, taken in the order of their names, or an .npy file of
 uint8 [n, H, W, 3]; image i belongs to row i of the prompts that the training is given. Without images the model
-makes one for each prompt. Text states are for config.text_states: with them a training holds no text encoders.
+makes one for each prompt. Text states are for config.text_states: with them a training holds no text encoders. With
+--text=DIR they are those of other text encoders, in another language say, of equal widths and length.
 """
 
 from collections.abc import Iterator

@@ -24,7 +24,6 @@ from mlcm_jax.hub.ip_adapter import load_ip_adapter
 from mlcm_jax.hub.lora import parse_lora, with_loras
 from mlcm_jax.hub.pipeline import Pipeline
 from mlcm_jax.hub.t2i_adapter import load_t2i_adapter
-from mlcm_jax.hub.text import with_text
 from mlcm_jax.hub.vae import load_vae
 from mlcm_jax.images import image_grid, open_image, write_image
 from mlcm_jax.model_flags import EMOJI, allow_shipped_model, chosen_loras, load_model, named_model
@@ -41,7 +40,6 @@ LORA = flags.DEFINE_multi_string(
     "lora", None, "LoRA, PLACE or PLACE:SCALE; give it again for more. A folder brings its sampler along."
 )
 VAE = flags.DEFINE_string("vae", None, "Folder of an autoencoder to decode with in place of the model's own.")
-TEXT = flags.DEFINE_string("text", None, "Folder of text encoders and tokenizers to use in place of the model's own.")
 CONTROLNET = flags.DEFINE_multi_string("controlnet", None, "Folder of a ControlNetModel; give it again for more.")
 CONTROL_IMAGE = flags.DEFINE_multi_string("control_image", None, "The image that it follows, one for each ControlNet.")
 CONTROL_SCALE = flags.DEFINE_multi_float("control_scale", None, "How much it adds, one for each; default: 1.")
@@ -159,8 +157,6 @@ def main():
     for entry in LORA.value or []:
         parse_lora(entry)  # answers a mistake before the model is read
     pipeline = load_model(DTYPE.value)
-    if TEXT.value:
-        pipeline = with_text(pipeline, TEXT.value, dtype=jnp.dtype(DTYPE.value))
     pipeline = with_loras(pipeline, chosen_loras(LORA.value))
     if SCHEDULER.value:
         pipeline = pipeline.with_scheduler(of_class(pipeline.scheduler_config, SCHEDULER.value))

@@ -6,7 +6,9 @@ from pathlib import Path
 import jax.numpy as jnp
 from absl import flags
 
+from mlcm_jax.hub.model_index import TEXT_ENCODERS
 from mlcm_jax.hub.pipeline import Pipeline, load_pipeline
+from mlcm_jax.hub.text import with_text
 
 MODEL = flags.DEFINE_string("model", None, "Diffusers folder, hub id or single .safetensors file.", required=True)
 ARCHITECTURE = flags.DEFINE_string(
@@ -14,6 +16,7 @@ ARCHITECTURE = flags.DEFINE_string(
 )
 VARIANT = flags.DEFINE_string("variant", None, "Of the weights files, such as fp16; default: full precision.")
 REVISION = flags.DEFINE_string("revision", None, "Of a hub id: branch, tag or commit.")
+TEXT = flags.DEFINE_string("text", None, "Folder of text encoders and tokenizers to use in place of the model's own.")
 
 EMOJI = Path("examples/emoji")  # the shipped models: the teacher, and the student as a LoRA for it
 
@@ -37,12 +40,18 @@ def load_model(
     dtype: str = "float32", param_dtype: str | None = None, parts: Collection[str] | None = None
 ) -> Pipeline:
     """The pipeline that the flags name, to be computed in ``dtype``; the rest and errors are ``load_pipeline``'s."""
-    return load_pipeline(
+    weights = param_dtype and jnp.dtype(param_dtype)
+    if TEXT.value:  # the model's own text encoders are not read
+        parts = [part for part in parts or ("unet", "vae") if part not in TEXT_ENCODERS]
+    pipeline = load_pipeline(
         str(MODEL.value),
         architecture=ARCHITECTURE.value,
         variant=VARIANT.value,
         revision=REVISION.value,
         dtype=jnp.dtype(dtype),
-        param_dtype=param_dtype and jnp.dtype(param_dtype),
+        param_dtype=weights,
         parts=parts,
     )
+    if TEXT.value:
+        return with_text(pipeline, TEXT.value, dtype=jnp.dtype(dtype), param_dtype=weights)
+    return pipeline

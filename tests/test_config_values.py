@@ -50,7 +50,7 @@ def build_efficientnet(_folder, _class_name, config):
 
 
 def build_blip(_folder, _class_name, config):
-    blip.TextConfig.read(config)
+    blip.read_text_config(config)
 
 
 TABLES = {name: (build_network, *table) for name, table in NETWORK_TABLES.items()}
@@ -64,7 +64,7 @@ TABLES["EfficientNetLite"] = (
     {},
     efficientnet_lite.KEYS,
 )
-TABLES["med_config"] = (lambda _f, _c, c: blip.TextConfig.read(c), {}, blip.MED_KEYS)
+TABLES["med_config"] = (lambda _f, _c, c: blip.read_text_config(c), {}, blip.MED_KEYS)
 
 
 def test_all_networks_are_here():

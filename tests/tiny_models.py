@@ -10,7 +10,15 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from safetensors.torch import save_file
+from transformers import (
+    ChineseCLIPTextConfig,
+    ChineseCLIPTextModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 TEXT = {
     "vocab_size": 520,
@@ -119,4 +127,32 @@ def save_sd15(folder):
 
 def save_vae(folder):
     randomise(tiny_vae(), 0).save_pretrained(folder)
+    return folder
+
+
+def tiny_adapted_text(folder, **widths):
+    """A Chinese-CLIP tower with an adapter to save_sdxl's UNet, seven tokens a caption, and their tokenizer."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"红心hi", "##i"]
+    config = ChineseCLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=24,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        max_position_embeddings=8,
+    )
+    tower = randomise(ChineseCLIPTextModel(config), 4)
+    tower.embeddings.word_embeddings.weight.data[0] = 0.0  # as transformers 5 has it once it is read, whatever the file
+    tower.save_pretrained(folder / "text_encoder")
+    for part in ("adapter", "tokenizer"):
+        (folder / part).mkdir()
+    (folder / "tokenizer" / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    dims = {"input_dim": 16, "hidden_dim": 20, "pooled_dim": 32, "states_dim": 64, "num_tokens": 7} | widths
+    d, h, p, s, _ = dims.values()
+    shapes = {"projector.0.weight": (h, d), "projector.2.weight": (h, h), "projector.4.weight": (p, h)}
+    shapes |= {"fc.weight": (s, p), "fc.bias": (s,), "layernorm.weight": (d,), "layernorm.bias": (d,)}
+    generator = torch.Generator().manual_seed(5)
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    save_file(tensors, folder / "adapter" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    (folder / "adapter" / "config.json").write_text(json.dumps(dims))
     return folder

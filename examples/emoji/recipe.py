@@ -133,8 +133,38 @@ CHINESE = _training(
     num_steps=1200,
     batch_size=64,
     ema_decay=0.995,
+    checkpoint_every=250,
     optim={"learning_rate": 2e-3, "b2": 0.98},
 )
+
+# Beside the captions of the training names the Chinese encoders learn captions of names that are put together from
+# phrases of these (emoji_dataset/phrases.py): so many, and that part of each batch.
+NUM_MADE_UP, MADE_UP = 16_000, 0.4
+
+# The other form of Chinese text encoders, PEA-Diffusion's: a tower and an adapter for both.
+PEA = _training(
+    num_steps=1200,
+    batch_size=64,
+    ema_decay=0.99,
+    checkpoint_every=250,
+    optim={"learning_rate": 2e-3, "b2": 0.98},
+)
+PEA_BLURRED = 0.05  # part of the characters that are unknown
+PEA_TEXT_CONFIG = {
+    "architectures": ["ChineseCLIPTextModel"],
+    "model_type": "chinese_clip_text_model",
+    "hidden_act": "gelu",
+    "hidden_size": 192,
+    "intermediate_size": 768,
+    "layer_norm_eps": 1e-12,
+    "max_position_embeddings": 24,
+    "num_attention_heads": 6,
+    "num_hidden_layers": 3,
+    "pad_token_id": 0,
+    "type_vocab_size": 2,
+}
+# The UNet takes what the English encoders give: a pooled state, and as many token states, of both encoders' widths.
+PEA_ADAPTER_CONFIG = {"input_dim": 192, "hidden_dim": 384, "pooled_dim": 128, "states_dim": 320, "num_tokens": 24}
 
 UNET = _training(
     num_steps=22_500,

@@ -14,29 +14,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from batches import Batches
+from chinese_pairs import Captions, PairBatches
 from emoji_dataset.chinese import SPELLINGS, chinese_captions, end_forms, train_chinese_tokenizer
 from emoji_dataset.dataset import EmojiSplit, load_split
-from recipe import CHINESE, MODEL_INDEX, config_flag
+from recipe import CHINESE, config_flag
+from text_states import ENCODERS, TOKENIZERS, EnglishEncoders, in_chunks, spread, states_of, unexplained
 from training import run, start
 
 from mlcm_jax import rng
 from mlcm_jax.cli import run_main
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.load import read_json
-from mlcm_jax.hub.pipeline import WEIGHT_FILES, Network, load_network
+from mlcm_jax.hub.pipeline import WEIGHT_FILES, Network
 from mlcm_jax.hub.save import save_params
 from mlcm_jax.hub.tokenizer import load_tokenizer
 from mlcm_jax.models.clip import CLIPTextModel
-from mlcm_jax.sampling.conditioning import CHUNK, tokenize
+from mlcm_jax.sampling.conditioning import tokenize
 
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder that build_data.py wrote.", required=True)
 TEACHER = flags.DEFINE_string("teacher", None, "Folder with the English text encoders and tokenizers.", required=True)
 WORKDIR = flags.DEFINE_string("workdir", "runs/emoji_chinese", "Checkpoints and metrics.")
 OUT = flags.DEFINE_string("out", None, "Folder for the Chinese text encoders and tokenizers.", required=True)
 CONFIG = config_flag(CHINESE)
-
-ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
 
 
 def chinese_network(english: Network, vocab: dict[str, int], key: jax.Array) -> Network:
@@ -60,38 +59,6 @@ def tie(params, row_of: np.ndarray):
     return {**params, "text_model": {**params["text_model"], "embeddings": embeddings}}
 
 
-def encode(networks: list[Network], tokens: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """What the UNet is given, by name, for all rows: each encoder's penultimate states, the last one's pooled."""
-
-    @jax.jit
-    def outputs(params, rows):
-        return states_of(networks, params, rows)
-
-    params = [network.params for network in networks]
-    padded = [np.concatenate([t, t[: -len(t) % CHUNK]]) for t in tokens]
-    chunks = [
-        # float16 halves what the states of all captions take in memory
-        jax.tree.map(np.float16, jax.device_get(outputs(params, [t[i : i + CHUNK] for t in padded])))
-        for i in range(0, len(padded[0]), CHUNK)
-    ]
-    return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(tokens[0])], *chunks)
-
-
-def states_of(networks: list[Network], params, tokens) -> dict[str, jax.Array]:
-    out = [n.module.apply({"params": p}, t) for n, p, t in zip(networks, params, tokens, strict=True)]
-    return {"states_1": out[0].penultimate, "states_2": out[1].penultimate, "pooled": out[1].pooled}
-
-
-def spread(target: dict[str, np.ndarray]) -> dict[str, float]:
-    """Variance over the captions of each of the outputs, averaged over positions and channels."""
-    return {name: float(np.mean([x.var() for x in value.astype(np.float32).T])) for name, value in target.items()}
-
-
-def unexplained(output, target, variance) -> dict[str, jax.Array]:
-    """Mean squared error of each of the outputs, as a part of its variance over captions."""
-    return {name: jnp.square(output[name] - target[name]).mean() / variance[name] for name in target}
-
-
 def make_loss(networks: list[Network], row_of: np.ndarray, variance: dict[str, float]):
     def loss_fn(params, batch, key):
         tokens, target = batch
@@ -102,55 +69,42 @@ def make_loss(networks: list[Network], row_of: np.ndarray, variance: dict[str, f
     return loss_fn
 
 
-def spelt_tokens(tokenizer, split: EmojiSplit) -> np.ndarray:
-    """Token ids [spelling, row, position] of the Chinese captions; raises UserError when one would be cut."""
-    captions = [chinese_captions(split, spelling) for spelling in range(len(SPELLINGS))]
-    longest = max(len(ids) for some in captions for ids in tokenizer(some, verbose=False).input_ids)
+def check_lengths(tokenizer, split: EmojiSplit) -> None:
+    """Raise UserError when a Chinese caption of a split would be cut."""
+    captions = [text for spelling in range(len(SPELLINGS)) for text in chinese_captions(split, spelling)]
+    longest = max(map(len, tokenizer(captions, verbose=False).input_ids))
     if longest > tokenizer.model_max_length:
         raise UserError(f"A Chinese caption has {longest} tokens, more than {tokenizer.model_max_length}: shorten it.")
-    return np.stack([tokenize(tokenizer, some) for some in captions])
 
 
 def main():
-    config, teacher, out = CONFIG.value, Path(TEACHER.value), Path(OUT.value)
+    config, out = CONFIG.value, Path(OUT.value)
     splits = {split: load_split(DATA_DIR.value, split) for split in ("train", "heldout")}
-    train = splits["train"]
-    english = [load_network(teacher / part, MODEL_INDEX[part][1], param_dtype=jnp.float32) for part in ENCODERS]
-    english_tokenizers = [load_tokenizer(teacher / part, "CLIPTokenizer") for part in TOKENIZERS]
-    targets = {
-        name: encode(english, [tokenize(t, split["caption"]) for t in english_tokenizers])
-        for name, split in splits.items()
-    }
-    variance = spread(targets["train"])
+    english, captions = EnglishEncoders(Path(TEACHER.value)), Captions(splits, config.seed)
+    states = english(captions.english)
+    train_states = {name: value[: len(splits["train"]["caption"])] for name, value in states.items()}
+    variance = spread(train_states)
 
-    train_chinese_tokenizer(chinese_captions(train), out / TOKENIZERS[0])
+    train_chinese_tokenizer(chinese_captions(splits["train"]), out / TOKENIZERS[0])
     shutil.copytree(out / TOKENIZERS[0], out / TOKENIZERS[1], dirs_exist_ok=True)
-    tokenizer, vocab = (
-        load_tokenizer(out / TOKENIZERS[0], "CLIPTokenizer"),
-        read_json(out / TOKENIZERS[0] / "vocab.json"),
-    )
+    tokenizer = load_tokenizer(out / TOKENIZERS[0], "CLIPTokenizer")
+    check_lengths(tokenizer, splits["train"])
+    vocab = read_json(out / TOKENIZERS[0] / "vocab.json")
     row_of = np.arange(len(vocab))
     for end, inner in end_forms(vocab).items():
         row_of[end] = inner
     keys = jax.random.split(rng.stream(config.seed, "init", 0))
-    chinese = [chinese_network(n, vocab, key) for n, key in zip(english, keys, strict=True)]
-    tokens = spelt_tokens(tokenizer, train)
-    batches = Batches(train, seed=config.seed, batch_size=config.batch_size)
-
-    def batch(step: int):
-        rows = batches.indices(step)
-        spelling = np.random.default_rng([config.seed, step, 1]).integers(len(SPELLINGS), size=len(rows))
-        return tokens[spelling, rows], jax.tree.map(lambda a: a[rows], targets["train"])
-
+    chinese = [chinese_network(n, vocab, key) for n, key in zip(english.networks, keys, strict=True)]
     state, step = start([n.params for n in chinese], make_loss(chinese, row_of, variance), config)
-    trained = [tie(p, row_of) for p in run(state, step, batch, config, Path(WORKDIR.value)).ema]
-    finished = [Network(n.module, p, n.config) for n, p in zip(chinese, trained, strict=True)]
-    for part, network in zip(ENCODERS, finished, strict=True):
+    batches = PairBatches(splits["train"], captions, tokenizer, states, config)
+    trained = [tie(p, row_of) for p in run(state, step, batches, config, Path(WORKDIR.value)).ema]
+    for part, network, params in zip(ENCODERS, chinese, trained, strict=True):
         file_name = WEIGHT_FILES["transformers"]
-        save_params(network.params, network.config, out / part, file_name=file_name, dtype=jnp.float16)
+        save_params(params, network.config, out / part, file_name=file_name, dtype=jnp.float16)
     for name, split in splits.items():
-        rows = [tokenize(tokenizer, chinese_captions(split))] * 2
-        errors = unexplained(encode(finished, rows), targets[name], variance)
+        target = train_states if name == "train" else english(split["caption"])
+        rows = tokenize(tokenizer, chinese_captions(split))
+        errors = unexplained(in_chunks(lambda t: states_of(chinese, trained, [t, t]), [rows]), target, variance)
         print(json.dumps({name: {key: round(float(value), 4) for key, value in errors.items()}}))
 
 

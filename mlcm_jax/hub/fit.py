@@ -39,9 +39,9 @@ def check_fit(folder: Path, pipeline_class: str, modules: Mapping[str, nn.Module
             f"{folder} has a UNet of out_channels={out}, and its autoencoder's latents have {latent} channels: use a "
             "UNet that predicts the noise alone."
         )
-    width, states = unet.get("cross_attention_dim", 1280), sum(e.config.hidden_size for e in encoders)
+    width, states = unet.get("cross_attention_dim", 1280), sum(e.states_dim for e in encoders)
     if width != states:
-        widths = " + ".join(str(e.config.hidden_size) for e in encoders)
+        widths = " + ".join(str(e.states_dim) for e in encoders)
         raise UserError(
             f"{folder} has a UNet of cross_attention_dim={width}, and its text encoders' states are {widths} wide: use "
             "the text encoders that the UNet was trained with."
@@ -77,7 +77,7 @@ def _check_added(folder: Path, pipeline_class: str, encoder: Any, unet: Mapping[
         )
     if added is None:
         return
-    pooled = encoder.config.projection_dim if encoder.with_projection else encoder.config.hidden_size
+    pooled = encoder.pooled_dim
     joined, each = unet["projection_class_embeddings_input_dim"], unet["addition_time_embed_dim"]
     if joined != pooled + NUM_TIME_IDS * each:
         raise UserError(

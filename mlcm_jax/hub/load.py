@@ -34,6 +34,8 @@ ALIASES = (
     # transformers 5 writes CLIPTextModel without the prefix that every earlier version writes
     (re.compile(r"^(embeddings|encoder|final_layer_norm)\."), r"text_model.\1."),
     (re.compile(r"^(embeddings|encoder|pre_layrnorm|post_layernorm)\."), r"vision_model.\1."),
+    # a whole ChineseCLIPModel's file has its text tower with a prefix
+    (re.compile(r"^text_model\.(embeddings|encoder)\."), r"\1."),
     # diffusers before 0.15 named the autoencoder's attention so; SD 1.5's and 2.1's files still do
     (re.compile(r"\.attentions\.0\.query\."), ".attentions.0.to_q."),
     (re.compile(r"\.attentions\.0\.key\."), ".attentions.0.to_k."),

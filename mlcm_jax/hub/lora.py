@@ -114,7 +114,7 @@ def with_loras(pipeline: Pipeline, loras: Sequence[str]) -> Pipeline:
         shapes = {part: networks[part].params for part in PARTS if part in networks}
         for part, tree in load_loras(path, shapes, dtype=np.float32).items():
             networks[part] = _merged(networks[part], low_rank.scaled(tree, scale, 1), f"--lora={entry} for the {part}")
-    encoders = tuple(network for part, network in networks.items() if part.startswith("text_encoder"))
+    encoders = tuple(network for part, network in networks.items() if part not in ("unet", "vae"))
     adapted = dataclasses.replace(pipeline, unet=networks["unet"], text_encoders=encoders)
     return adapted.with_scheduler(scheduler_config)
 

@@ -7,9 +7,10 @@ from typing import Any
 from mlcm_jax.diffusion.scheduler_config import as_pipelines_set, of_class
 from mlcm_jax.errors import UserError, shortened
 from mlcm_jax.hub.fetch import Source
-from mlcm_jax.hub.network import check_class
+from mlcm_jax.hub.network import NETWORKS, check_class
 from mlcm_jax.hub.single_file import marked_settings
 from mlcm_jax.hub.tensor_reader import read_json
+from mlcm_jax.models.clip_config import TEXT_CLASSES
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # of which a pipeline may have the first alone
 # pipeline class: (text encoders, tokenizers), in the order in which their states are joined
@@ -44,7 +45,7 @@ def read_model_index(folder: Path, *, with_tokenizers: bool = True) -> dict[str,
         if not (folder / part).is_dir() and (with_tokenizers or part not in tokenizers):
             raise UserError(f"{folder / part} does not exist, though model_index.json names it: copy the whole model.")
     for part in network_parts(model_index):
-        check_class(folder / part, model_index[part][1])
+        check_class(folder / part, model_index[part][1], TEXT_CLASSES if part in TEXT_ENCODERS else tuple(NETWORKS))
     return model_index
 
 

@@ -25,6 +25,7 @@ LISTS = (
     "downsamplers",
     "upsamplers",
     "to_out",
+    "projector",
     "net",
     "layers",
     "conv",

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import importlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,6 +82,10 @@ def _tiny_vae_inputs(config: Mapping[str, Any]) -> tuple:
     return (_image(2 ** len(config.get("num_encoder_blocks", (1, 3, 3, 3)))),)
 
 
+def _adapter_inputs(config: Mapping[str, Any]) -> tuple:
+    return (jnp.zeros((1, 2, config.get("input_dim", 1024))),)
+
+
 def _lpips_inputs(config: Mapping[str, Any]) -> tuple:
     return (_input(1, 2, 2, config.get("latent_channels", 4)),) * 2
 
@@ -98,6 +102,7 @@ class NetworkClass(NamedTuple):
     library: str = "diffusers"
 
 
+_CHINESE = "mlcm_jax.models.chinese_clip"
 _TEXT = NetworkClass("mlcm_jax.models.clip", "CLIPTextModel", _text_inputs, "transformers")
 NETWORKS = {
     "UNet2DConditionModel": NetworkClass("mlcm_jax.models.unet", "UNet2DConditionModel", _unet_inputs),
@@ -109,13 +114,17 @@ NETWORKS = {
     "CLIPTextModelWithProjection": _TEXT,
     "CLIPVisionModelWithProjection": _TEXT._replace(attribute="CLIPVisionModel", inputs=_vision_inputs),
     "CLIPModel": _TEXT._replace(attribute="CLIPModel", inputs=_clip_inputs),
+    "ChineseCLIPTextModel": NetworkClass(_CHINESE, "ChineseCLIPTextModel", _text_inputs, "transformers"),
+    "TextAdapter": NetworkClass(_CHINESE, "TextAdapter", _adapter_inputs),
     "LatentLPIPS": NetworkClass("mlcm_jax.models.latent_lpips", "LatentLPIPS", _lpips_inputs),
 }
 
 
 # What whole CLIP models have beside a text tower, and transformers leaves out where it reads that alone.
 _OF_CLIP = (re.compile(r"^visual_projection\."), re.compile(r"^vision_model\."), re.compile(r"^logit_scale$"))
+_POOLER = re.compile(r"^(text_model\.)?pooler\.")  # of the first token; the adapter takes the states of all
 UNUSED = {
+    "ChineseCLIPTextModel": (*_OF_CLIP, re.compile(r"^text_projection\."), _POOLER),
     "CLIPTextModel": (*_OF_CLIP, re.compile(r"^text_projection\.")),
     "CLIPTextModelWithProjection": _OF_CLIP,
 }
@@ -157,9 +166,9 @@ def _traced_shapes(module: nn.Module, structure: Any, leaves: tuple) -> Params:
     return jax.eval_shape(lambda *given: module.init(jax.random.key(0), *given), *inputs)["params"]
 
 
-def check_class(folder: Path, class_name: str):
-    if class_name not in NETWORKS:
-        raise UserError(f"{folder} is a {shortened(class_name, 60)}, which is not supported: use {listed(NETWORKS)}.")
+def check_class(folder: Path, class_name: str, supported: Collection[str] = tuple(NETWORKS)):
+    if class_name not in supported:
+        raise UserError(f"{folder} is a {shortened(class_name, 60)}, which is not supported: use {listed(supported)}.")
 
 
 def load_network(

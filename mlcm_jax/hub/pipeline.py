@@ -32,9 +32,11 @@ from mlcm_jax.hub.tensor_reader import find_weights, has_variant
 from mlcm_jax.hub.tokenizer import load_tokenizer
 from mlcm_jax.image_size import ImageSize, named
 from mlcm_jax.models.attention_backend import AttentionBackend
+from mlcm_jax.models.chinese_clip import AdaptedTextModel
 from mlcm_jax.outputs import is_remote
 from mlcm_jax.types import TextConditioning
 
+ADAPTED = "adapted_text_encoder"
 WEIGHT_FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 
 
@@ -108,9 +110,21 @@ class Pipeline:
         return height // self.downscale, width // self.downscale, self.unet.config.get("in_channels", 4)
 
     def networks(self) -> dict[str, Network]:
-        """Networks by the name of their folder."""
-        networks = (self.unet, self.vae, *self.text_encoders)
-        return dict(zip(network_parts(self.model_index), networks, strict=True))
+        """Networks by the name of their folder; an adapted text encoder, which has none of its own, by ``ADAPTED``."""
+        own = {"unet": self.unet, "vae": self.vae}
+        if isinstance(self.text_encoders[0].module, AdaptedTextModel):
+            return own | {ADAPTED: self.text_encoders[0]}
+        return own | dict(zip(PIPELINES[self.model_index["_class_name"]][0], self.text_encoders, strict=True))
+
+    def diffusers_networks(self) -> dict[str, Network]:
+        """``networks`` where diffusers has a place for all of them; raises UserError where it has none."""
+        networks = self.networks()
+        if ADAPTED in networks:
+            raise UserError(
+                "A model with a text adapter cannot be written, since diffusers has no place for it: write the model "
+                "without --text, and give --text=DIR wherever it is used."
+            )
+        return networks
 
 
 def read_architecture(
@@ -161,17 +175,12 @@ def _joined(
 
 def conditioning_shapes(pipeline: Pipeline, n: int) -> TextConditioning:
     """Shapes of what ``conditioning.encode_prompts`` makes of n prompts with this pipeline."""
-    encoders = [encoder.config for encoder in pipeline.text_encoders]
-    last, index = encoders[-1], pipeline.model_index
-    names, _ = PIPELINES[index["_class_name"]]
-    projected = index[names[-1]][1] == "CLIPTextModelWithProjection"
-    dtype = pipeline.text_encoders[-1].module.dtype
-    width = sum(config["hidden_size"] for config in encoders)
-    pooled = last["projection_dim"] if projected else last["hidden_size"]
+    encoders: list[Any] = [encoder.module for encoder in pipeline.text_encoders]
+    last, width = encoders[-1], sum(encoder.states_dim for encoder in encoders)
 
     def zeros() -> TextConditioning:
-        states = jnp.zeros((n, last["max_position_embeddings"], width), dtype)
-        return TextConditioning(states, jnp.zeros((n, pooled), dtype), jnp.zeros((n, 6), jnp.float32))
+        states, pooled = jnp.zeros((n, last.num_tokens, width), last.dtype), jnp.zeros((n, last.pooled_dim), last.dtype)
+        return TextConditioning(states, pooled, jnp.zeros((n, 6), jnp.float32))
 
     return jax.eval_shape(zeros)
 
@@ -262,7 +271,7 @@ def save_pipeline(
     scheduler_config = dict(scheduler_config or pipeline.scheduler_config)
     model_index = json.loads(json.dumps(pipeline.model_index))
     model_index["scheduler"] = ["diffusers", scheduler_config["_class_name"]]
-    networks = pipeline.networks()
+    networks = pipeline.diffusers_networks()
     _, tokenizers = PIPELINES[model_index["_class_name"]]
     for part, network in networks.items():
         file_name = WEIGHT_FILES[model_index[part][0]]

@@ -127,6 +127,18 @@ class CLIPTextModel(nn.Module):
         name = text_class(config)
         return cls(TextTowerConfig.read(config, name), name == "CLIPTextModelWithProjection", dtype)
 
+    @property
+    def num_tokens(self) -> int:
+        return self.config.max_position_embeddings
+
+    @property
+    def states_dim(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def pooled_dim(self) -> int:
+        return self.config.projection_dim if self.with_projection else self.config.hidden_size
+
     @nn.compact
     def __call__(self, input_ids: Int[Array, "n t"]) -> CLIPTextOutput:
         """input_ids: padded to at most max_position_embeddings."""

@@ -20,7 +20,7 @@ from mlcm_jax.json_config import (
 
 # What transformers writes into every config.json for generation, classification and training. The networks read none
 # of it, except where a value other than the one listed would change them.
-_COMMON: Table = {
+COMMON: Table = {
     **dict.fromkeys(
         (
             *("architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "return_dict", "prefix"),
@@ -51,7 +51,7 @@ _COMMON: Table = {
     "pruned_heads": ({}, ({},)),
 }
 _TOWER: Table = {
-    **_COMMON,
+    **COMMON,
     "hidden_act": ("quick_gelu", ("quick_gelu", "gelu")),
     "layer_norm_eps": (1e-5, NOT_NEGATIVE),
     "num_hidden_layers": (12, LAYERS),
@@ -76,7 +76,7 @@ VISION_KEYS: Table = {
     "num_channels": (3, (3,)),
 }
 CLIP_KEYS: Table = {
-    **_COMMON,
+    **COMMON,
     "text_config": (None, or_null(MAPPING)),
     "vision_config": (None, or_null(MAPPING)),
     "text_config_dict": (None, or_null(MAPPING)),

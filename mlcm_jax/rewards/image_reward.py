@@ -15,7 +15,8 @@ from mlcm_jax.hub.load import load_params, read_json
 from mlcm_jax.hub.pipeline import parameter_shapes
 from mlcm_jax.hub.preprocess import CLIP_224, Preprocessor
 from mlcm_jax.hub.tokenizer import load_tokenizer
-from mlcm_jax.rewards.networks.blip import ImageReward, TextConfig, VisionConfig
+from mlcm_jax.models.bert import BertConfig
+from mlcm_jax.rewards.networks.blip import ImageReward, VisionConfig, read_text_config
 from mlcm_jax.rewards.reward_model import RewardModel, RewardModelSpec, weights_file
 
 WEIGHTS = "image_reward.safetensors"
@@ -35,7 +36,7 @@ def load_image_reward(
     Raises UserError for a missing file, an unsupported setting, unfit weights, and a tokenizer of another vocabulary.
     """
     file = weights_file(folder, WEIGHTS)
-    text = TextConfig.read(read_json(Path(folder) / "med_config.json"))
+    text = read_text_config(read_json(Path(folder) / "med_config.json"))
     tokenizer = load_tokenizer(Path(folder), "BertTokenizer")
     module = ImageReward(vision, text, dtype)
     pixels = jnp.zeros((1, vision.image_size, vision.image_size, 3))
@@ -44,7 +45,7 @@ def load_image_reward(
     return RewardModel(module, params, preprocessor, partial(_tokenize, tokenizer, text))
 
 
-def _tokenize(tokenizer: Any, text: TextConfig, prompts: Sequence[str]) -> Int[np.ndarray, "n t"]:
+def _tokenize(tokenizer: Any, text: BertConfig, prompts: Sequence[str]) -> Int[np.ndarray, "n t"]:
     encoded = tokenizer(
         list(prompts), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="np"
     )

@@ -89,16 +89,16 @@ def time_ids(n: int, image_size: int | ImageSize) -> Float[Array, "n 6"]:
 
 def _checked_tokens(tokenizer: Any, encoder: Network, prompts: Sequence[str]) -> Int[np.ndarray, "n tokens"]:
     # An index beyond a table is not an error in JAX: the states would be NaN.
-    config = encoder.module.config
-    if tokenizer.model_max_length > config.max_position_embeddings:
+    module: Any = encoder.module
+    if tokenizer.model_max_length > module.num_tokens:
         raise UserError(
             f"The tokenizer's model_max_length is {tokenizer.model_max_length}, but its text encoder takes "
-            f"{config.max_position_embeddings} tokens: set model_max_length in tokenizer_config.json."
+            f"{module.num_tokens} tokens: set model_max_length in tokenizer_config.json."
         )
     tokens = tokenize(tokenizer, prompts)
-    if tokens.max() >= config.vocab_size:
+    if tokens.max() >= module.config.vocab_size:
         raise UserError(
-            f"The tokenizer made the id {tokens.max()}, but its text encoder has {config.vocab_size} tokens: "
+            f"The tokenizer made the id {tokens.max()}, but its text encoder has {module.config.vocab_size} tokens: "
             "use the tokenizer that belongs to the encoder."
         )
     return tokens

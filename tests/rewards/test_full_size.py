@@ -14,7 +14,7 @@ from torch_weights import named_shapes
 from mlcm_jax.evaluation.networks.inception import InceptionV3
 from mlcm_jax.hub.pipeline import network_shapes, parameter_shapes
 from mlcm_jax.models.clip import CLIPModel
-from mlcm_jax.rewards.networks.blip import ImageReward, TextConfig, VisionConfig
+from mlcm_jax.rewards.networks.blip import ImageReward, VisionConfig, read_text_config
 
 
 @pytest.mark.parametrize(("name", "millions"), [("CLIP_L14", 427.6), ("CLIP_H14", 986.1), ("CLIP_G14", 1366.7)])
@@ -28,7 +28,7 @@ def test_clip(name, millions):
 
 
 def test_image_reward():
-    module = ImageReward(VisionConfig(), TextConfig.read(configs_full_size.MED_CONFIG))
+    module = ImageReward(VisionConfig(), read_text_config(configs_full_size.MED_CONFIG))
     ours = named_shapes(parameter_shapes(module, np.zeros((1, 224, 224, 3)), np.zeros((1, 35), int)))
     theirs = json.loads(str(recorded("image_reward")[0]["full_size_shapes"]))
     assert ours == {name: tuple(shape) for name, shape in theirs.items()}

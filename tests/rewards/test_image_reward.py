@@ -15,7 +15,7 @@ from mlcm_jax.hub.pipeline import parameter_shapes
 from mlcm_jax.hub.preprocess import Preprocessor
 from mlcm_jax.rewards import reward_model
 from mlcm_jax.rewards.image_reward import load_image_reward
-from mlcm_jax.rewards.networks.blip import ImageReward, TextConfig, VisionConfig
+from mlcm_jax.rewards.networks.blip import ImageReward, VisionConfig, read_text_config
 
 BLIP_VISION = VisionConfig(24, 2, 3, 32, 16)
 MED = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -26,7 +26,7 @@ SMALL = Preprocessor(32, (32, 32), 3, 1 / 255, (0.5, 0.4, 0.3), (0.5, 0.6, 0.7))
 def test_scores_are_the_package_s(tmp_path):
     want, tensors = recorded("image_reward")
     save_file(tensors, tmp_path / "w.safetensors")
-    module = ImageReward(BLIP_VISION, TextConfig.read(MED | {"max_position_embeddings": 10}))
+    module = ImageReward(BLIP_VISION, read_text_config(MED | {"max_position_embeddings": 10}))
     pixels = example_images(3, 32, 32).astype(np.float32) / 255
     shapes = parameter_shapes(module, pixels, want["ids"])
     got = jax.jit(module.apply)({"params": load_params(shapes, tmp_path / "w.safetensors")}, pixels, want["ids"])
@@ -36,7 +36,7 @@ def test_scores_are_the_package_s(tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     """A folder as docs/evaluate.md describes it, of another size."""
-    module = ImageReward(BLIP_VISION, TextConfig.read(MED))
+    module = ImageReward(BLIP_VISION, read_text_config(MED))
     tensors = network_weights(module, np.zeros((1, 32, 32, 3)), np.zeros((1, 2), int))
     extra = {"blip.vision_proj.weight": np.zeros((3, 24), np.float32), "blip.text_proj.bias": np.zeros(3, np.float32)}
     extra["blip.text_encoder.embeddings.position_ids"] = np.arange(36)[None]

@@ -3,6 +3,7 @@
 The names are Unicode's Chinese ones as the `emoji` package has them.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from .dataset import EmojiSplit
 from .names import FLAG_PREFIX, plain
 from .prompts import write_lines
 from .sources import STYLES
-from .tokenizer import WORD_END, write_tokenizer
+from .tokenizer import MODEL_MAX_LENGTH, WORD_END, write_tokenizer
 
 SKIN_TONES = {
     "light skin tone": "浅肤色",
@@ -50,9 +51,14 @@ def chinese_caption(names: Mapping[str, str], name: str, skin_tone: str, style: 
     """
     if name not in names:
         raise UserError(f"{name!r} has no Chinese name in the emoji package: install emoji 2.16 or newer.")
+    return spelt_caption(names[name], skin_tone, style, spelling)
+
+
+def spelt_caption(name: str, skin_tone: str, style: str, spelling: int = 0) -> str:
+    """The same of a Chinese name."""
     comma, space = SPELLINGS[spelling]
     tones = "和".join(SKIN_TONES[tone] for tone in skin_tone.split(" and ") if tone)
-    return comma.join(part for part in (names[name], tones, f"{style}{space}风格") if part)
+    return comma.join(part for part in (name, tones, f"{style}{space}风格") if part)
 
 
 def chinese_captions(split: EmojiSplit, spelling: int = 0) -> list[str]:
@@ -76,9 +82,27 @@ def train_chinese_tokenizer(captions: Iterable[str], folder: Path) -> None:
     It is a byte-level BPE in CLIP's layout. Its merges are not learned: they join the bytes of each character and
     stop there, so that new names are spelt with known characters. Other characters come as their bytes.
     """
-    characters = sorted({c for caption in captions for c in caption if _FIRST_IDEOGRAPH <= c <= _LAST_IDEOGRAPH})
+    characters = _ideographs(captions)
     merges = dict.fromkeys(pair for text in (*characters, *STYLES, FULL_WIDTH_COMMA) for pair in _joining_merges(text))
     write_tokenizer(list(merges), folder)
+
+
+def write_bert_tokenizer(captions: Iterable[str], folder: Path) -> int:
+    """Write a BertTokenizer of the styles' names, ASCII, the comma and every Chinese character in `captions`.
+
+    Returns the id of the first of these characters, which come last. Other characters become [UNK].
+    """
+    letters = [c for c in map(chr, range(33, 127)) if not c.isupper()]
+    words = [*STYLES, *letters, *(f"##{c}" for c in letters if c.isalnum()), FULL_WIDTH_COMMA]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    write_lines(folder / "vocab.txt", [*special, *words, *_ideographs(captions)])
+    config = {"tokenizer_class": "BertTokenizer", "model_max_length": MODEL_MAX_LENGTH, "do_lower_case": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return len(special) + len(words)
+
+
+def _ideographs(captions: Iterable[str]) -> list[str]:
+    return sorted({c for caption in captions for c in caption if _FIRST_IDEOGRAPH <= c <= _LAST_IDEOGRAPH})
 
 
 def _joining_merges(text: str) -> Iterator[tuple[str, str]]:

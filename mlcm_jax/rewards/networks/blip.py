@@ -12,10 +12,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mlcm_jax.errors import UserError
 from mlcm_jax.json_config import COUNT, LAYERS, NOT_NEGATIVE, SIZE, UNREAD, Table, read_config
 from mlcm_jax.models.attention_backend import dot_product_attention
-from mlcm_jax.models.layers import ACTIVATIONS, Conv, Dense, Embedding, LayerNorm
+from mlcm_jax.models.bert import BertAttention, BertConfig, BertEmbeddings, BertIntermediate, BertOutput, padding_mask
+from mlcm_jax.models.layers import ACTIVATIONS, Conv, Dense, LayerNorm
 from mlcm_jax.parallel.sharding import split_batch
 
 REWARD_MEAN, REWARD_STD = 0.16717362830052426, 1.0333394966054072  # of the published weights
@@ -60,29 +60,10 @@ MED_KEYS: Table = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class TextConfig:
-    """Of the BERT (BLIP's med_config.json)."""
-
-    hidden_size: int
-    intermediate_size: int
-    layer_norm_eps: float
-    max_position_embeddings: int
-    num_attention_heads: int
-    num_hidden_layers: int
-    pad_token_id: int
-    vocab_size: int
-
-    @classmethod
-    def read(cls, config: Mapping[str, Any]) -> "TextConfig":
-        """Check med_config.json; raises UserError for a key or a value that is not supported."""
-        values = read_config(dict(config), MED_KEYS, "ImageReward", file_name="med_config.json")
-        if values["hidden_size"] % values["num_attention_heads"]:
-            raise UserError(
-                f"{values.source} has hidden_size={values['hidden_size']}, which "
-                f"num_attention_heads={values['num_attention_heads']} does not divide."
-            )
-        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+def read_text_config(config: Mapping[str, Any]) -> BertConfig:
+    """The BERT's settings from med_config.json; raises UserError for a key or a value that is not supported."""
+    values = read_config(dict(config), MED_KEYS, "ImageReward", file_name="med_config.json")
+    return BertConfig.of(values, type_vocab_size=0)
 
 
 def _stack(layer, length: int):
@@ -159,82 +140,24 @@ class VisionTransformer(nn.Module):
         return LayerNorm(cfg.layer_norm_eps, self.dtype, name="norm")(x)
 
 
-class _Projections(nn.Module):
-    heads: int
-    width: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x, context, mask):
-        q = Dense(self.width, dtype=self.dtype, name="query")(x)
-        k = Dense(self.width, dtype=self.dtype, name="key")(context)
-        v = Dense(self.width, dtype=self.dtype, name="value")(context)
-        return dot_product_attention(q, k, v, self.heads, mask)
-
-
-class _Output(nn.Module):
-    """A linear layer, then the norm of its sum with the residual."""
-
-    config: TextConfig
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x, residual):
-        x = Dense(self.config.hidden_size, dtype=self.dtype, name="dense")(x)
-        return LayerNorm(self.config.layer_norm_eps, self.dtype, name="LayerNorm")(x + residual)
-
-
-class _TextAttention(nn.Module):
-    config: TextConfig
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x, context, mask):
-        cfg, dtype = self.config, self.dtype
-        attended = _Projections(cfg.num_attention_heads, cfg.hidden_size, dtype, name="self")(x, context, mask)
-        return _Output(cfg, dtype, name="output")(attended, x)
-
-
-class _Intermediate(nn.Module):
-    config: TextConfig
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x):
-        return ACTIVATIONS["gelu"](Dense(self.config.intermediate_size, dtype=self.dtype, name="dense")(x))
-
-
 class _TextLayer(nn.Module):
     """Post-norm layer: itself, the image, feed-forward; in the form that nn.scan takes."""
 
-    config: TextConfig
+    config: BertConfig
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x, patches, mask):
         cfg, dtype = self.config, self.dtype
         x, patches = split_batch((x, patches))
-        x = _TextAttention(cfg, dtype, name="attention")(x, x, mask)
-        x = _TextAttention(cfg, dtype, name="crossattention")(x, patches, None)
-        hidden = _Intermediate(cfg, dtype, name="intermediate")(x)
-        return _Output(cfg, dtype, name="output")(hidden, x), None
-
-
-class _TextEmbeddings(nn.Module):
-    config: TextConfig
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, input_ids):
-        cfg = self.config
-        words = Embedding(cfg.vocab_size, cfg.hidden_size, self.dtype, name="word_embeddings")(input_ids)
-        places = Embedding(cfg.max_position_embeddings, cfg.hidden_size, self.dtype, name="position_embeddings")
-        x = words + places(jnp.arange(input_ids.shape[1]))[None]
-        return LayerNorm(cfg.layer_norm_eps, self.dtype, name="LayerNorm")(x)
+        x = BertAttention(cfg, dtype, name="attention")(x, x, mask)
+        x = BertAttention(cfg, dtype, name="crossattention")(x, patches, None)
+        hidden = BertIntermediate(cfg, dtype, name="intermediate")(x)
+        return BertOutput(cfg, dtype, name="output")(hidden, x), None
 
 
 class _TextLayers(nn.Module):
-    config: TextConfig
+    config: BertConfig
     dtype: jnp.dtype
 
     @nn.compact
@@ -246,13 +169,13 @@ class _TextLayers(nn.Module):
 class TextEncoder(nn.Module):
     """Token states of a text that looks at an image; padding, by its id, is not attended to."""
 
-    config: TextConfig
+    config: BertConfig
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, input_ids: Int[Array, "n t"], patches: Float[Array, "n s e"]) -> Float[Array, "n t d"]:
-        mask = (input_ids != self.config.pad_token_id)[:, None, None, :]
-        x = _TextEmbeddings(self.config, self.dtype, name="embeddings")(input_ids)
+        x = BertEmbeddings(self.config, self.dtype, name="embeddings")(input_ids)
+        mask = padding_mask(input_ids, self.config)
         return _TextLayers(self.config, self.dtype, name="encoder")(x, patches, mask)
 
 
@@ -268,7 +191,7 @@ class ScoreHead(nn.Module):
 
 class _Blip(nn.Module):
     vision: VisionConfig
-    text: TextConfig
+    text: BertConfig
     dtype: jnp.dtype
 
     @nn.compact
@@ -281,7 +204,7 @@ class ImageReward(nn.Module):
     """How much people would like an image for a prompt; over the training images, mean 0 and spread 1."""
 
     vision: VisionConfig
-    text: TextConfig
+    text: BertConfig
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
