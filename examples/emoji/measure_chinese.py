@@ -1,12 +1,13 @@
 """How alike a model draws from Chinese and from English: examples/emoji/measure_chinese.py --data_dir=DIR --model=DIR.
 
-For captions of both splits, from the same noise: images drawn from the English caption, from the Chinese one, and
-from the English caption of another image. A JSON object a split:
+For captions of both splits, from the same noise: images drawn from the English caption, from the Chinese one by each
+--text, and from the English caption of another image. A JSON object a split:
 
     prediction  squared difference of the UNet's outputs for the English and the other conditioning, at noisy latents of
                 the English images, as a part of the difference between English and none
     latents     squared distance of the drawn latents to the English ones
     clip_score  of the drawn images against the English captions
+    unseen      that of the captions with a Chinese character that no training caption has, and their number
 """
 
 import json
@@ -23,6 +24,7 @@ from PIL import Image
 from recipe import IMAGE_SIZE
 
 from mlcm_jax.cli import run_main
+from mlcm_jax.data.prompts import read_prompts
 from mlcm_jax.diffusion.parameterization import add_noise
 from mlcm_jax.diffusion.schedule import Schedule
 from mlcm_jax.hub.pipeline import load_pipeline
@@ -37,12 +39,12 @@ HERE = Path(__file__).resolve().parent
 
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder that build_data.py wrote.", required=True)
 MODEL = flags.DEFINE_string("model", str(HERE / "teacher"), "The teacher's folder or a student's.")
-TEXT = flags.DEFINE_string("text", str(HERE / "chinese"), "Folder of the Chinese text encoders.")
+TEXT = flags.DEFINE_multi_string("text", str(HERE / "chinese"), "Chinese text encoders; give it again to compare.")
 SCORER = flags.DEFINE_string("scorer", str(HERE / "scorer"), "Folder of a CLIPModel with its tokenizer.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 128, "Captions of each split.", lower_bound=2)
 STEPS = flags.DEFINE_integer("steps", 8, "Sampling steps.")
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", 5.0, "1 for a student, which has it within.")
-OUT = flags.DEFINE_string("out", None, "Folder for grids: English above, Chinese below.")
+OUT = flags.DEFINE_string("out", None, "Folder for grids: English above, below it Chinese by each --text.")
 
 IN_GRID = 8
 
@@ -65,13 +67,13 @@ def predictions(unet, schedule: Schedule, latents, conditionings: dict) -> dict[
     return {who: apply(z, t, conditioning) for who, conditioning in conditionings.items()}
 
 
-def measure(pipeline, chinese_pipeline, score, split: str) -> dict[str, dict[str, float]]:
+def measure(pipeline, chinese_pipelines: dict, score, split: str) -> dict[str, dict[str, float]]:
     english, chinese = choose_captions(split)
     n, side = len(english), pipeline.unet.config["sample_size"]
     none = unconditional(pipeline, n, IMAGE_SIZE)
     conditionings = {
         "english": encode_prompts(pipeline, english, IMAGE_SIZE),
-        "chinese": encode_prompts(chinese_pipeline, chinese, IMAGE_SIZE),
+        **{who: encode_prompts(one, chinese, IMAGE_SIZE) for who, one in chinese_pipelines.items()},
         "another": encode_prompts(pipeline, [*english[1:], english[0]], IMAGE_SIZE),
     }
     noise = draw_noise(0, n, (side, side, pipeline.unet.config["in_channels"]))
@@ -85,24 +87,35 @@ def measure(pipeline, chinese_pipeline, score, split: str) -> dict[str, dict[str
     outputs = predictions(pipeline.unet, schedule, latents["english"], conditionings | {"none": none})
     difference = {who: float(jnp.square(one - outputs["english"]).mean()) for who, one in outputs.items()}
     if OUT.value:
-        grid = image_grid(np.concatenate([images[who][:IN_GRID] for who in ("english", "chinese")]), columns=IN_GRID)
+        grid = image_grid(
+            np.concatenate([images[who][:IN_GRID] for who in images if who != "another"]), columns=IN_GRID
+        )
         Path(OUT.value).mkdir(parents=True, exist_ok=True)
         Image.fromarray(grid).save(Path(OUT.value) / f"{split}.png")
         print("\n".join(f"{a} | {b}" for a, b in zip(english[:IN_GRID], chinese[:IN_GRID], strict=True)))
-    return {
-        "prediction": {who: difference[who] / difference["none"] for who in ("chinese", "another")},
-        "latents": {w: float(latent_distance(latents[w], latents["english"]).mean()) for w in ("chinese", "another")},
-        "clip_score": {who: float(score(one, english).mean()) for who, one in images.items()},
+    scores = {who: np.asarray(score(one, english)) for who, one in images.items()}
+    seen = set("".join(read_prompts(HERE / "prompts" / "chinese" / "train.txt")))
+    unseen = np.array([bool(set(caption) - seen) for caption in chinese])
+    others = [who for who in images if who != "english"]
+    measured = {
+        "prediction": {who: difference[who] / difference["none"] for who in others},
+        "latents": {who: float(latent_distance(latents[who], latents["english"]).mean()) for who in others},
+        "clip_score": {who: float(one.mean()) for who, one in scores.items()},
     }
+    if unseen.any():
+        measured["unseen"] = {who: float(one[unseen].mean()) for who, one in scores.items()} | {
+            "captions": unseen.sum()
+        }
+    return measured
 
 
 def main():
     pipeline = load_pipeline(MODEL.value)
-    chinese_pipeline = with_text(pipeline, TEXT.value)
+    chinese_pipelines = {folder: with_text(pipeline, folder) for folder in TEXT.value}
     score = load_clip_score(SCORER.value)
     for split in ("train", "heldout"):
-        measured = measure(pipeline, chinese_pipeline, score, split)
-        rounded = {key: {who: round(value, 4) for who, value in row.items()} for key, row in measured.items()}
+        measured = measure(pipeline, chinese_pipelines, score, split)
+        rounded = {key: {who: round(float(value), 4) for who, value in row.items()} for key, row in measured.items()}
         print(json.dumps({split: rounded}))
 
 

@@ -15,7 +15,9 @@ from mlcm_jax.sampling.conditioning import encode_prompts
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "emoji"
 sys.path.insert(0, str(EXAMPLE))
 
-from emoji_dataset import chinese, tokenizer  # noqa: E402
+from chinese_pairs import Captions  # noqa: E402
+from emoji_dataset import chinese, phrases, tokenizer  # noqa: E402
+from recipe import NUM_MADE_UP  # noqa: E402
 
 # Mean squared error of the outputs, as a part of their variance over the captions, that the shipped encoders stay below
 # on training captions; the model card has 0.16 and 0.04.
@@ -74,6 +76,54 @@ def test_tokenizer_makes_one_token_of_a_known_character_and_spells_the_others(tm
     assert len(clip("笑").input_ids) == 2 + len("笑".encode())
     for text in ("红心, noto 风格", "笑红心 2"):
         assert clip.decode(clip(text).input_ids, skip_special_tokens=True).replace(" ", "") == text.replace(" ", "")
+
+
+NAMES = {
+    "flag of japan": "日本国旗",
+    "flag of peru": "秘鲁国旗",
+    "red heart": "红心",
+    "blue heart": "蓝心",
+    "red square": "红色方块",
+    "blue square": "蓝色方块",
+    "pizza": "披萨",
+}
+
+
+def test_phrases_of_names():
+    pairs = phrases.phrase_pairs(NAMES)
+    expected = {
+        ("japan", "日本"),
+        ("heart", "心"),
+        ("red", "红"),
+        ("blue", "蓝"),
+        ("pizza", "披萨"),
+    }
+    assert expected <= {(english, chinese.removesuffix("色")) for english, chinese in pairs}
+    assert not {english for english, _ in pairs} & {"of", "flag", "of japan"}
+    assert pairs == phrases.phrase_pairs(dict(NAMES))
+
+
+def test_new_names_are_made_of_the_given_ones_and_never_those_that_are_held_out():
+    never = ("blue pizza", "蓝披萨", "flag of pizza", "披萨国旗")
+    for held_out in ((), never):
+        new_name, generator = phrases.NewNames(NAMES, held_out), np.random.default_rng(0)
+        made = {new_name(generator) for _ in range(3000)}
+        joining = set("的有和")
+        assert all(set(chinese) <= set("".join(NAMES.values())) | joining for _, chinese in made)
+        assert len(made - set(NAMES.items())) > 100
+        found = {text for name in made for text in name} & set(never)
+        assert found == (set() if held_out else set(never)) and ("pizza heart", "披萨心") in made
+
+
+def test_the_captions_of_a_training_hold_no_held_out_name():
+    known = chinese.chinese_names()
+    held_out = (EXAMPLE / "heldout_names.txt").read_text().splitlines()
+    rows = [line.rsplit(", ", 1)[0] for line in prompt_lines("train")][:40:2]
+    train = {"caption": rows, "name": rows, "skin_tone": [""] * len(rows), "style": ["noto"] * len(rows)}
+    captions = Captions({"train": train, "heldout": {"name": held_out}}, seed=0)
+    assert len(captions.english) == len(captions.parts) == len(rows) + NUM_MADE_UP
+    assert not {name for name, _, _ in captions.parts} & {known[name] for name in held_out}
+    assert not {caption.rsplit(", ", 1)[0] for caption in captions.english} & set(held_out)
 
 
 @pytest.fixture(scope="module")
