@@ -2,7 +2,7 @@
 
 Order: build_data.py, train_autoencoder.py, train_clip.py, train_unet.py; each resumes from its --workdir.
 train_unet.py has a second recipe for a GPU, which needs pack.py first and does not resume.
-train_chinese.py needs what train_clip.py leaves, train_controlnet.py the finished teacher.
+train_chinese.py and train_pea.py need what train_clip.py leaves, train_controlnet.py the finished teacher.
 """
 
 from ml_collections import ConfigDict, config_flags
@@ -133,13 +133,8 @@ CHINESE = _training(
     num_steps=1200,
     batch_size=64,
     ema_decay=0.995,
-    checkpoint_every=250,
     optim={"learning_rate": 2e-3, "b2": 0.98},
 )
-
-# Beside the captions of the training names the Chinese encoders learn captions of names that are put together from
-# phrases of these (emoji_dataset/phrases.py): so many, and that part of each batch.
-NUM_MADE_UP, MADE_UP = 16_000, 0.4
 
 # The other form of Chinese text encoders, PEA-Diffusion's: a tower and an adapter for both.
 PEA = _training(
@@ -149,6 +144,9 @@ PEA = _training(
     checkpoint_every=250,
     optim={"learning_rate": 2e-3, "b2": 0.98},
 )
+# Beside the captions of the training names it learns captions of names that are put together from phrases of these
+# (emoji_dataset/phrases.py): so many, and that part of each batch.
+NUM_MADE_UP, MADE_UP = 16_000, 0.4
 PEA_BLURRED = 0.05  # part of the characters that are unknown
 PEA_TEXT_CONFIG = {
     "architectures": ["ChineseCLIPTextModel"],

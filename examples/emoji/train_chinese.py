@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from chinese_pairs import Captions, PairBatches
+from batches import Batches
 from emoji_dataset.chinese import SPELLINGS, chinese_captions, end_forms, train_chinese_tokenizer
 from emoji_dataset.dataset import EmojiSplit, load_split
 from recipe import CHINESE, config_flag
@@ -69,42 +69,52 @@ def make_loss(networks: list[Network], row_of: np.ndarray, variance: dict[str, f
     return loss_fn
 
 
-def check_lengths(tokenizer, split: EmojiSplit) -> None:
-    """Raise UserError when a Chinese caption of a split would be cut."""
-    captions = [text for spelling in range(len(SPELLINGS)) for text in chinese_captions(split, spelling)]
-    longest = max(map(len, tokenizer(captions, verbose=False).input_ids))
+def spelt_tokens(tokenizer, split: EmojiSplit) -> np.ndarray:
+    """Token ids [spelling, row, position] of the Chinese captions; raises UserError when one would be cut."""
+    captions = [chinese_captions(split, spelling) for spelling in range(len(SPELLINGS))]
+    longest = max(len(ids) for some in captions for ids in tokenizer(some, verbose=False).input_ids)
     if longest > tokenizer.model_max_length:
         raise UserError(f"A Chinese caption has {longest} tokens, more than {tokenizer.model_max_length}: shorten it.")
+    return np.stack([tokenize(tokenizer, some) for some in captions])
 
 
 def main():
     config, out = CONFIG.value, Path(OUT.value)
     splits = {split: load_split(DATA_DIR.value, split) for split in ("train", "heldout")}
-    english, captions = EnglishEncoders(Path(TEACHER.value)), Captions(splits, config.seed)
-    states = english(captions.english)
-    train_states = {name: value[: len(splits["train"]["caption"])] for name, value in states.items()}
-    variance = spread(train_states)
+    train = splits["train"]
+    english = EnglishEncoders(Path(TEACHER.value))
+    targets = {name: english(split["caption"]) for name, split in splits.items()}
+    variance = spread(targets["train"])
 
-    train_chinese_tokenizer(chinese_captions(splits["train"]), out / TOKENIZERS[0])
+    train_chinese_tokenizer(chinese_captions(train), out / TOKENIZERS[0])
     shutil.copytree(out / TOKENIZERS[0], out / TOKENIZERS[1], dirs_exist_ok=True)
-    tokenizer = load_tokenizer(out / TOKENIZERS[0], "CLIPTokenizer")
-    check_lengths(tokenizer, splits["train"])
-    vocab = read_json(out / TOKENIZERS[0] / "vocab.json")
+    tokenizer, vocab = (
+        load_tokenizer(out / TOKENIZERS[0], "CLIPTokenizer"),
+        read_json(out / TOKENIZERS[0] / "vocab.json"),
+    )
     row_of = np.arange(len(vocab))
     for end, inner in end_forms(vocab).items():
         row_of[end] = inner
     keys = jax.random.split(rng.stream(config.seed, "init", 0))
     chinese = [chinese_network(n, vocab, key) for n, key in zip(english.networks, keys, strict=True)]
+    tokens = spelt_tokens(tokenizer, train)
+    batches = Batches(train, seed=config.seed, batch_size=config.batch_size)
+
+    def batch(step: int):
+        rows = batches.indices(step)
+        spelling = np.random.default_rng([config.seed, step, 1]).integers(len(SPELLINGS), size=len(rows))
+        return tokens[spelling, rows], jax.tree.map(lambda a: a[rows], targets["train"])
+
     state, step = start([n.params for n in chinese], make_loss(chinese, row_of, variance), config)
-    batches = PairBatches(splits["train"], captions, tokenizer, states, config)
-    trained = [tie(p, row_of) for p in run(state, step, batches, config, Path(WORKDIR.value)).ema]
-    for part, network, params in zip(ENCODERS, chinese, trained, strict=True):
+    trained = [tie(p, row_of) for p in run(state, step, batch, config, Path(WORKDIR.value)).ema]
+    finished = [Network(n.module, p, n.config) for n, p in zip(chinese, trained, strict=True)]
+    for part, network in zip(ENCODERS, finished, strict=True):
         file_name = WEIGHT_FILES["transformers"]
-        save_params(params, network.config, out / part, file_name=file_name, dtype=jnp.float16)
+        save_params(network.params, network.config, out / part, file_name=file_name, dtype=jnp.float16)
     for name, split in splits.items():
-        target = train_states if name == "train" else english(split["caption"])
         rows = tokenize(tokenizer, chinese_captions(split))
-        errors = unexplained(in_chunks(lambda t: states_of(chinese, trained, [t, t]), [rows]), target, variance)
+        said = in_chunks(lambda t: states_of(finished, [n.params for n in finished], [t, t]), [rows])
+        errors = unexplained(said, targets[name], variance)
         print(json.dumps({name: {key: round(float(value), 4) for key, value in errors.items()}}))
 
 

@@ -24,7 +24,7 @@ from mlcm_jax.training.metrics import read_metrics  # noqa: E402
 NUM_NAMES = 450  # enough for 64 held-out images, which the programs measure at a time
 
 
-@pytest.mark.parametrize("training", ["AUTOENCODER", "CLIP", "CHINESE", "UNET", "CONTROLNET"])
+@pytest.mark.parametrize("training", ["AUTOENCODER", "CLIP", "CHINESE", "PEA", "UNET", "CONTROLNET"])
 def test_each_recipe_lowers_a_loss(training: str, tmp_path: Path):
     config = getattr(recipe, training).copy_and_resolve_references().unlock()
     config.update(num_steps=5, log_every=1)
