@@ -1,4 +1,4 @@
-"""Chinese captions, their tokenizer, and the shipped Chinese text encoders against the English ones."""
+"""Chinese captions, made-up ones, their tokenizers, and the shipped Chinese text encoders against the English ones."""
 
 import sys
 from pathlib import Path
@@ -10,14 +10,15 @@ import pytest
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import load_pipeline
 from mlcm_jax.hub.text import with_text
+from mlcm_jax.hub.tokenizer import load_tokenizer
 from mlcm_jax.sampling.conditioning import encode_prompts
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "emoji"
 sys.path.insert(0, str(EXAMPLE))
 
-from chinese_pairs import Captions  # noqa: E402
+from chinese_pairs import Captions, PairBatches  # noqa: E402
 from emoji_dataset import chinese, phrases, tokenizer  # noqa: E402
-from recipe import NUM_MADE_UP  # noqa: E402
+from recipe import MADE_UP, NUM_MADE_UP, PEA  # noqa: E402
 
 # Mean squared error of the outputs, as a part of their variance over the captions, that the shipped encoders stay below
 # on training captions; the model card has 0.16 and 0.04.
@@ -115,15 +116,41 @@ def test_new_names_are_made_of_the_given_ones_and_never_those_that_are_held_out(
         assert found == (set() if held_out else set(never)) and ("pizza heart", "披萨心") in made
 
 
-def test_the_captions_of_a_training_hold_no_held_out_name():
+def test_bert_tokenizer(tmp_path):
+    first = chinese.write_bert_tokenizer(["红心, noto 风格", "日本国旗"], tmp_path)
+    bert = load_tokenizer(tmp_path, "BertTokenizer")
+    spelt = bert(["红心, noto 风格", "红心, noto风格", "红心\uff0cnoto 风格", "红笑OK"])["input_ids"]
+    assert spelt[0] == spelt[1] and len(spelt[0]) == 2 + 6
+    assert [a == b for a, b in zip(spelt[0], spelt[2], strict=True)].count(False) == 1
+    assert bert.convert_ids_to_tokens(spelt[3]) == ["[CLS]", "红", "[UNK]", "o", "##k", "[SEP]"]
+    assert (
+        len(bert) == first + len(set("红心风格日本国旗")) and min(bert.convert_tokens_to_ids(list("红心风格"))) >= first
+    )
+
+
+def test_batches_hold_made_up_captions_and_no_held_out_name(tmp_path):
     known = chinese.chinese_names()
     held_out = (EXAMPLE / "heldout_names.txt").read_text().splitlines()
-    rows = [line.rsplit(", ", 1)[0] for line in prompt_lines("train")][:40:2]
-    train = {"caption": rows, "name": rows, "skin_tone": [""] * len(rows), "style": ["noto"] * len(rows)}
+    names = [line.rsplit(", ", 1)[0] for line in prompt_lines("train")][:120:2]
+    train = {"name": names, "skin_tone": [""] * len(names), "style": ["noto"] * len(names)}
+    train["caption"] = [f"{name}, noto style" for name in names]
     captions = Captions({"train": train, "heldout": {"name": held_out}}, seed=0)
-    assert len(captions.english) == len(captions.parts) == len(rows) + NUM_MADE_UP
+    assert len(captions.english) == len(captions.parts) == len(names) + NUM_MADE_UP
     assert not {name for name, _, _ in captions.parts} & {known[name] for name in held_out}
     assert not {caption.rsplit(", ", 1)[0] for caption in captions.english} & set(held_out)
+
+    chinese.write_bert_tokenizer([known[name] for name in names] + ["风格的有和"], tmp_path)
+    bert, states = load_tokenizer(tmp_path, "BertTokenizer"), {"pooled": np.arange(len(captions.english))}
+    batches = PairBatches(train, captions, bert, states, PEA)
+    tokens, said = batches(3)
+    made_up = said["pooled"] >= len(names)
+    assert tokens.shape == (PEA.batch_size, bert.model_max_length) and made_up.sum() == round(PEA.batch_size * MADE_UP)
+    for row, ids in zip(said["pooled"], tokens, strict=True):
+        name, _, style = captions.parts[row]
+        text = bert.decode(ids, skip_special_tokens=True).replace(" ", "")
+        assert text.startswith(name.replace(" ", "").lower()) and f"{style}风格" in text
+    np.testing.assert_array_equal(tokens, batches(3)[0])
+    assert not (said["pooled"] == batches(4)[1]["pooled"]).all()
 
 
 @pytest.fixture(scope="module")
