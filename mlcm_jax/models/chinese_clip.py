@@ -31,6 +31,7 @@ TEXT_KEYS: Table = {
     "intermediate_size": (3072, SIZE),
     "layer_norm_eps": (1e-12, NOT_NEGATIVE),
     "max_position_embeddings": (512, SIZE),
+    "model_type": ("chinese_clip_text_model", ("chinese_clip_text_model",)),
     "num_attention_heads": (12, SIZE),
     "num_hidden_layers": (12, LAYERS),
     "pad_token_id": (0, COUNT),
@@ -53,12 +54,9 @@ def read_text_config(config: Mapping[str, Any]) -> BertConfig:
     Raises UserError for another model's, and for a key or a value that is not supported.
     """
     if config.get("model_type") == "chinese_clip":
-        config = config.get("text_config_dict") or config.get("text_config") or {}
-    elif config.get("model_type", "chinese_clip_text_model") != "chinese_clip_text_model":
-        raise UserError(
-            f"config.json has model_type={config['model_type']!r}: an adapter needs the text_encoder of a "
-            "ChineseCLIPModel, 'chinese_clip' or 'chinese_clip_text_model'."
-        )
+        config = config.get("text_config_dict") or config.get("text_config")
+        if not isinstance(config, Mapping):
+            raise UserError("ChineseCLIPModel's config.json has no text_config: copy the whole model.")
     return BertConfig.of(read_config(dict(config), TEXT_KEYS, "ChineseCLIPTextModel"))
 
 

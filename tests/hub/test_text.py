@@ -117,7 +117,10 @@ def test_an_adapted_tower_stands_for_both_text_encoders(sdxl_folder, adapted_tex
             lambda f: edit(f / "text_encoder/config.json", pad_token_id=2),
             "pads with 0, but text_encoder has pad_token_id=2",
         ),
-        (lambda f: edit(f / "text_encoder/config.json", model_type="bert"), "model_type='bert': an adapter needs"),
+        (
+            lambda f: edit(f / "text_encoder/config.json", model_type="bert"),
+            "model_type='bert', which is not supported: use 'chinese_clip_text_model'",
+        ),
         (
             lambda f: (f / "text_encoder/model.safetensors").rename(f / "text_encoder/pytorch_model.bin"),
             "pytorch_model.bin",

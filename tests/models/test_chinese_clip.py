@@ -82,7 +82,8 @@ def test_adapter_is_torch(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "clip_text_model"}, "model_type='clip_text_model': an adapter needs"),
+        ({"model_type": "clip_text_model"}, "model_type='clip_text_model', which is not supported"),
+        ({"model_type": "chinese_clip", "text_config": 5}, "ChineseCLIPModel's config.json has no text_config"),
         ({**TEXT, "num_attention_heads": 3}, "num_attention_heads=3 does not divide"),
         ({**TEXT, "position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
         ({"model_type": "chinese_clip", "text_config": {"hidden_act": "tanh"}}, "hidden_act='tanh'"),
