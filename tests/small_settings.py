@@ -33,7 +33,6 @@ UNET = BLOCKS | {
 CONTROLNET = {k: v for k, v in UNET.items() if k != "up_block_types"} | {"conditioning_embedding_out_channels": [4, 8]}
 ADAPTER = {"channels": [8, 8], "num_res_blocks": 1, "downscale_factor": 2}
 VISION = {k: v for k, v in TOWER.items() if k != "vocab_size"} | {"image_size": 8, "patch_size": 4}
-BERT = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 9}
 TINY = {f"{half}_block_out_channels": [8, 8] for half in ("encoder", "decoder")}
 TINY |= {f"num_{half}_blocks": [1, 1] for half in ("encoder", "decoder")}
 # a network's class: a small config.json, and the table of its keys
@@ -47,7 +46,7 @@ NETWORK_TABLES = {
     "CLIPTextModelWithProjection": (TOWER, clip_config.TEXT_KEYS),
     "CLIPVisionModelWithProjection": (VISION, clip_config.VISION_KEYS),
     "CLIPModel": ({"text_config": TOWER, "vision_config": VISION}, clip_config.CLIP_KEYS),
-    "ChineseCLIPTextModel": (BERT, chinese_clip.TEXT_KEYS),
+    "ChineseCLIPTextModel": (TOWER, chinese_clip.TEXT_KEYS),
     "TextAdapter": ({}, chinese_clip.ADAPTER_KEYS),
     "LatentLPIPS": ({"block_out_channels": [8], "layers_per_block": [1]}, latent_lpips.KEYS),
 }
