@@ -58,7 +58,7 @@ def _controlnet_inputs(config: Mapping[str, Any]) -> tuple:
 
 def _t2i_adapter_inputs(config: Mapping[str, Any]) -> tuple:
     side = 8 * config.get("downscale_factor", 8)
-    return (jax.ShapeDtypeStruct((1, side, side, config.get("in_channels", 3)), jnp.float32),)
+    return (_input(1, side, side, config.get("in_channels", 3)),)
 
 
 def _text_inputs(config: Mapping[str, Any]) -> tuple:
@@ -83,7 +83,7 @@ def _tiny_vae_inputs(config: Mapping[str, Any]) -> tuple:
 
 
 def _adapter_inputs(config: Mapping[str, Any]) -> tuple:
-    return (jnp.zeros((1, 2, config.get("input_dim", 1024))),)
+    return (_input(1, 2, config.get("input_dim", 1024)),)
 
 
 def _lpips_inputs(config: Mapping[str, Any]) -> tuple:

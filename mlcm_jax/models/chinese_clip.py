@@ -54,9 +54,10 @@ def read_text_config(config: Mapping[str, Any]) -> BertConfig:
     Raises UserError for another model's, and for a key or a value that is not supported.
     """
     if config.get("model_type") == "chinese_clip":
-        config = config.get("text_config_dict") or config.get("text_config")
-        if not isinstance(config, Mapping):
+        inner = config.get("text_config_dict") or config.get("text_config")
+        if not isinstance(inner, Mapping):
             raise UserError("ChineseCLIPModel's config.json has no text_config: copy the whole model.")
+        config = inner
     return BertConfig.of(read_config(dict(config), TEXT_KEYS, "ChineseCLIPTextModel"))
 
 

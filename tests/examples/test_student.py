@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from mlcm_jax.rng import MAX_SEED
 from mlcm_jax.sampling.sample import draw_noise
@@ -29,19 +29,47 @@ def drawn(launch, tmp_path_factory):
     return np.asarray(Image.open(folder / "x.png")), np.load(folder / "noise.npy")
 
 
-def test_diffusers_draws_the_same(drawn):
+@pytest.fixture(scope="module")
+def pipe():
     import torch
     from diffusers import StableDiffusionXLPipeline, TCDScheduler
 
-    image, noise = drawn
     pipe = StableDiffusionXLPipeline.from_pretrained(EMOJI / "teacher", torch_dtype=torch.float32)
     pipe.load_lora_weights(EMOJI / "student")
     pipe.scheduler = TCDScheduler.from_pretrained(EMOJI / "student")
     pipe.set_progress_bar_config(disable=True)
-    theirs = pipe(
-        CAPTION, num_inference_steps=4, guidance_scale=1, latents=torch.from_numpy(noise), height=64, width=64
-    )
-    assert np.abs(np.asarray(theirs.images[0]).astype(int) - image).max() <= 2
+    return pipe
+
+
+def diffusers_image(pipe, noise, num_steps, **arguments):
+    import torch
+
+    settings = {"guidance_scale": 1, "latents": torch.from_numpy(noise), "height": 64, "width": 64}
+    return np.asarray(pipe(CAPTION, num_inference_steps=num_steps, **settings, **arguments).images[0]).astype(int)
+
+
+def test_diffusers_draws_the_same(drawn, pipe):
+    image, noise = drawn
+    assert np.abs(diffusers_image(pipe, noise, 4) - image).max() <= 2
+
+
+def test_diffusers_draws_the_same_with_the_shipped_controlnet(drawn, pipe, launch, tmp_path):
+    import torch
+    from diffusers import ControlNetModel, StableDiffusionXLControlNetPipeline
+
+    edges = Image.new("RGB", (64, 64))
+    ImageDraw.Draw(edges).ellipse((8, 20, 56, 44), outline="white")
+    edges.save(tmp_path / "edges.png")
+    np.save(tmp_path / "noise.npy", drawn[1])
+    control = (f"--controlnet={EMOJI / 'controlnet'}", f"--control_image={tmp_path / 'edges.png'}")
+    args = (f"--prompt={CAPTION}", f"--latents={tmp_path / 'noise.npy'}", "--steps=2", f"--out={tmp_path / 'x.png'}")
+    result = launch("sample", *args, *control)
+    assert result["status"] == 0, result["stderr"]
+    controlnet = ControlNetModel.from_pretrained(EMOJI / "controlnet", torch_dtype=torch.float32)
+    controlled = StableDiffusionXLControlNetPipeline.from_pipe(pipe, controlnet=controlnet)
+    theirs = diffusers_image(controlled, drawn[1], 2, image=edges)
+    assert np.abs(theirs - np.asarray(Image.open(tmp_path / "x.png"))).max() <= 2
+    assert np.abs(theirs - drawn[0]).mean() > 10, "the image follows the ellipse"
 
 
 def test_all_bits_of_the_seed_count(drawn):
