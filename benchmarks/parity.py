@@ -18,10 +18,7 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags
-
-ROOT = Path(__file__).parents[1]
-TEACHER = ROOT / "examples" / "emoji" / "teacher"
-SDXL = ROOT / "configs" / "architectures" / "sdxl"
+from parity_cases import cases, make_inputs, read_config
 
 FULL = flags.DEFINE_bool("full", False, "SDXL's networks at their own sizes, too.")
 ONLY = flags.DEFINE_string("only", "", "Run only the rows whose name contains this.")
@@ -30,85 +27,6 @@ OUT = flags.DEFINE_string("out", "", "File for the table; empty: only print it."
 SCRATCH = flags.DEFINE_string("scratch", "", "Folder for the weights; empty: the system's temporary folder.")
 WORKER = flags.DEFINE_enum("worker", None, ["torch", "jax"], "Used by the program itself.")
 CASE = flags.DEFINE_string("case", "", "Used by the program itself.")
-
-PARTS = {
-    "unet": "UNet2DConditionModel",
-    "vae": "AutoencoderKL",
-    "text_encoder": "CLIPTextModel",
-    "text_encoder_2": "CLIPTextModelWithProjection",
-}
-SDXL_ADAPTER = {"adapter_type": "full_adapter_xl", "downscale_factor": 16}
-CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
-_SMALL_UNET = {
-    "block_out_channels": [32, 64],
-    "cross_attention_dim": 32,
-    "norm_num_groups": 8,
-    "down_block_types": [CROSS_DOWN, "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", CROSS_UP],
-}
-_DEEP = {"down_block_types": [CROSS_DOWN] * 2, "up_block_types": [CROSS_UP] * 2, "use_linear_projection": True}
-SMALL_UNETS: dict[str, dict[str, Any]] = {
-    "SD 1.5": {**_SMALL_UNET, "attention_head_dim": 8},
-    "SD 2.1": {
-        **_SMALL_UNET,
-        "attention_head_dim": [2, 4],
-        "use_linear_projection": True,
-        "upcast_attention": True,
-    },
-    "SSD-1B": {
-        **_SMALL_UNET,
-        **_DEEP,
-        "attention_head_dim": [2, 4],
-        "layers_per_block": [2, 1],
-        "mid_block_type": "UNetMidBlock2D",
-        "transformer_layers_per_block": [[1, 2], 1],
-        "reverse_transformer_layers_per_block": [[3, 1], 2],
-    },
-    "LCM student": {**_SMALL_UNET, "attention_head_dim": 8, "time_cond_proj_dim": 16},
-}
-
-
-def cases(full: bool) -> dict[str, tuple[str, str | dict[str, Any], bool]]:
-    """{row: (torch class, folder of a config.json or the config, whether the folder has weights)}."""
-    rows: dict[str, tuple[str, str | dict[str, Any], bool]] = {}
-    for part, class_name in PARTS.items():
-        rows[f"{part}, emoji teacher"] = (class_name, str(TEACHER / part), True)
-    for name, config in SMALL_UNETS.items():
-        rows[f"unet, small {name}"] = ("UNet2DConditionModel", config, False)
-    if full:
-        rows["t2i_adapter, SDXL"] = ("T2IAdapter", SDXL_ADAPTER, False)
-        for part, class_name in reversed(PARTS.items()):
-            rows[f"{part}, SDXL"] = (class_name, str(SDXL / part), False)
-    return rows
-
-
-def read_config(source: str | dict[str, Any]) -> dict[str, Any]:
-    return source if isinstance(source, dict) else json.loads((Path(source) / "config.json").read_text())
-
-
-def make_inputs(class_name: str, config: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The same numbers for both sides; images are channels-last."""
-    rng = np.random.default_rng(0)
-
-    def normal(*shape):
-        return rng.standard_normal(shape, np.float32)
-
-    if class_name == "UNet2DConditionModel":
-        width = config.get("projection_class_embeddings_input_dim")
-        inputs = {
-            "sample": normal(1, 16, 16, 4),
-            "timesteps": np.array([749]),
-            "hidden_states": normal(1, 77, config["cross_attention_dim"]),
-            "pooled": normal(1, width - 6 * config["addition_time_embed_dim"] if width else 1),
-            "time_ids": np.array([[1024, 1024, 0, 0, 1024, 1024]], np.float32),
-        }
-        guidance = config.get("time_cond_proj_dim")
-        return inputs | ({"guidance": normal(1, guidance)} if guidance else {})
-    if class_name == "AutoencoderKL":
-        return {"images": rng.uniform(-1, 1, (1, 128, 128, 3)).astype(np.float32), "latents": normal(1, 16, 16, 4)}
-    if class_name == "T2IAdapter":
-        return {"images": rng.random((1, 256, 256, 3), np.float32)}
-    return {"ids": rng.integers(0, min(config["vocab_size"], 49407), (1, config["max_position_embeddings"]))}
 
 
 def timed(call):
@@ -163,6 +81,13 @@ def _torch_unet(model, sample, timesteps, hidden_states, pooled, time_ids, guida
     return [out.permute(0, 2, 3, 1)]
 
 
+def _torch_controlnet(model, sample, timesteps, hidden_states, pooled, time_ids, image):
+    added = {"text_embeds": pooled, "time_ids": time_ids}
+    x, condition = (array.permute(0, 3, 1, 2) for array in (sample, image))
+    out = model(x, timesteps, hidden_states, controlnet_cond=condition, added_cond_kwargs=added)
+    return [r.permute(0, 2, 3, 1) for r in (*out.down_block_res_samples, out.mid_block_res_sample)]
+
+
 def _torch_vae(model, images, latents):
     mean = model.encode(images.permute(0, 3, 1, 2)).latent_dist.mean
     return [mean.permute(0, 2, 3, 1), model.decode(latents.permute(0, 3, 1, 2)).sample.permute(0, 2, 3, 1)]
@@ -180,6 +105,7 @@ def _torch_adapter(model, images):
 
 TORCH_CALLS = {
     "UNet2DConditionModel": _torch_unet,
+    "ControlNetModel": _torch_controlnet,
     "AutoencoderKL": _torch_vae,
     "T2IAdapter": _torch_adapter,
     "CLIPTextModel": _torch_text,
@@ -207,6 +133,14 @@ def _jax_unet(module, params, sample, timesteps, hidden_states, pooled, time_ids
     return [module.apply({"params": params}, sample, timesteps, conditioning, guidance)]
 
 
+def _jax_controlnet(module, params, sample, timesteps, hidden_states, pooled, time_ids, image):
+    from mlcm_jax.types import TextConditioning
+
+    conditioning = TextConditioning(hidden_states, pooled, time_ids)
+    residuals = module.apply({"params": params}, sample, timesteps, conditioning, image)
+    return [*residuals.down, residuals.mid]
+
+
 def _jax_vae(module, params, images, latents):
     mean, _ = module.apply({"params": params}, images, method="encode")
     return [mean, module.apply({"params": params}, latents, method="decode")]
@@ -223,6 +157,7 @@ def _jax_adapter(module, params, images):
 
 JAX_CALLS = {
     "UNet2DConditionModel": _jax_unet,
+    "ControlNetModel": _jax_controlnet,
     "AutoencoderKL": _jax_vae,
     "T2IAdapter": _jax_adapter,
     "CLIPTextModel": _jax_text,
