@@ -43,7 +43,7 @@ def run(workdir: str, num_steps: int) -> None:
 
     latest_step(folder / "checkpoints", set_aside=True)
     with closing(Checkpoints(folder / "checkpoints")) as checkpoints:
-        start = InitialState(stages, toy_apply, SCHEDULE, shapes)(toy_params(1))
+        start = InitialState(stages, toy_apply, SCHEDULE, shapes, (LATENT_SHAPE,))(toy_params(1))
         state = checkpoints.restore(start)
         known = Known(learning_rate=lambda number: config.optim.learning_rate, flops=lambda number: 1.0)
         state = loop.run(
