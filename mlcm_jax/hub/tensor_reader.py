@@ -41,11 +41,11 @@ def read_json(path: Path | epath.Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
+        raise UserError(f"{path} does not exist: name the folder that has it, or copy the whole folder.") from None
     except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path} is not a readable JSON file ({shortened(e)}).") from None
+        raise UserError(f"{path} is not a readable JSON file ({shortened(e)}): copy it again.") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object.")
+        raise UserError(f"{path} holds no JSON object: copy it again.")
     return value
 
 
