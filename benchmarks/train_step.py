@@ -129,7 +129,7 @@ def reference_side(program: Program, evaluations: int, *, compiled: bool) -> tim
 
 
 def our_evaluations(program: Program) -> int:
-    """Rows that the UNets are called with in a step, whose first trace this is."""
+    """Rows that the UNets are called with in a step."""
     stage = program.stages[0]
     return workload.unet_evaluations(stage.step, program.state, program.frozen, stage.batch)
 
