@@ -193,7 +193,8 @@ def main():
     for seed in seeds:
         for name in ROW_NAMES.value:
             config, workdir = run_config(name, seed), out / "runs" / f"{name}_{seed}"
-            print(f"== {name}, seed {seed}", flush=True)
+            there = ": there already" if (workdir / "figures.json").exists() else ""
+            print(f"== {name}, seed {seed}{there}", flush=True)
             distil_once(config, workdir)
             if name not in rows:
                 rows[name] = {"title": ROWS[name].title, "flops_per_example": flops_per_example(config), "runs": {}}

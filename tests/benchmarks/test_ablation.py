@@ -72,7 +72,8 @@ def test_two_rows_one_after_the_other(ablation):
 
     second = ablation(rows="streaming,stage2")
     assert second.returncode == 0, second.stderr[-3000:]
-    assert figures.stat().st_mtime_ns == written and "streaming, seed" not in second.stdout, "it was done already"
+    assert figures.stat().st_mtime_ns == written and "== streaming, seed 0: there already" in second.stdout
+    assert "== stage2, seed 0\n" in second.stdout
     rows = json.loads((ablation.out / "ablation.json").read_text())["rows"]
     assert set(rows) == {"teacher", "streaming", "stage2"}
     assert rows["stage2"]["flops_per_example"] > rows["streaming"]["flops_per_example"] > 1e6

@@ -41,12 +41,14 @@ def kill(process, workdir, moment, *, steps: int, seconds: float) -> bool:
 
     Checkpoints are written beside the steps, so the next one is usually half written.
     """
-    begin, before, further = time.time(), newest(workdir), moment.integers(steps + 1)
+    begin, before, further, step = time.time(), newest(workdir), moment.integers(steps + 1), None
     at_the_start, wait, pause = moment.random() < 0.25, moment.uniform(0, seconds), moment.uniform(0, 0.2)
     while process.is_alive():
         if at_the_start and time.time() - begin > wait:
             break
-        if not at_the_start and newest(workdir) > before and last_step(workdir) >= newest(workdir) + further:
+        if not at_the_start and step is None and newest(workdir) > before:
+            step = newest(workdir) + further
+        if step is not None and last_step(workdir) >= step:
             time.sleep(pause)
             break
         time.sleep(0.005)
