@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from mlcm_jax.models.controlnet_config import config_for_unet
+
 ROOT = Path(__file__).parents[1]
 EMOJI = ROOT / "examples" / "emoji"
 TEACHER = EMOJI / "teacher"
@@ -56,24 +58,11 @@ def cases(full: bool) -> dict[str, tuple[str, str | dict[str, Any], bool]]:
     for name, config in SMALL_UNETS.items():
         rows[f"unet, small {name}"] = ("UNet2DConditionModel", config, False)
     if full:
-        rows["controlnet, SDXL"] = ("ControlNetModel", controlnet_config(str(SDXL / "unet")), False)
+        rows["controlnet, SDXL"] = ("ControlNetModel", config_for_unet(read_config(str(SDXL / "unet"))), False)
         rows["t2i_adapter, SDXL"] = ("T2IAdapter", SDXL_ADAPTER, False)
         for part, class_name in reversed(PARTS.items()):
             rows[f"{part}, SDXL"] = (class_name, str(SDXL / part), False)
     return rows
-
-
-def controlnet_config(unet: str) -> dict[str, Any]:
-    """Of a ControlNet for a UNet, as ``ControlNetModel.from_unet`` has it."""
-    left_out = (
-        "sample_size",
-        "up_block_types",
-        "out_channels",
-        "center_input_sample",
-        "_class_name",
-        "_diffusers_version",
-    )
-    return {key: value for key, value in read_config(unet).items() if key not in left_out}
 
 
 def read_config(source: str | dict[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from mlcm_jax.images import image_grid, write_image
 from mlcm_jax.models.controlnet import Controlled
 from mlcm_jax.outputs import check_folder
 from mlcm_jax.rewards.clip_score import load_clip_score
+from mlcm_jax.rewards.reward_model import batch_indices
 from mlcm_jax.sampling.conditioning import encode_prompts, unconditional
 from mlcm_jax.sampling.control import Control, controlled_unet
 from mlcm_jax.sampling.decode import decode
@@ -54,26 +55,26 @@ IN_GRID = 12
 
 
 def sampler(pipeline: Pipeline, captions: list[str], edges: Images, guidance_scale: float) -> Callable[..., Images]:
-    """(steps, scale of the control or None) -> an image of each caption, always from the same noise."""
+    """(steps, whether the ControlNet adds) -> an image of each caption, always from the same noise."""
     network = load_controlnet(CONTROLNET.value, pipeline)
     text = encode_prompts(pipeline, captions, IMAGE_SIZE)
-    empty = unconditional(pipeline, CHUNK, IMAGE_SIZE)
+    empty = unconditional(pipeline, min(CHUNK, len(captions)), IMAGE_SIZE)
     noise = draw_noise(0, len(captions), pipeline.latent_shape())
 
-    def chunk(rows: np.ndarray, steps: int, scale: float | None) -> Images:
+    def chunk(rows: np.ndarray, steps: int, with_control: bool) -> Images:
         unet, conditionings = pipeline.unet, [jax.tree.map(lambda a: jnp.asarray(a[rows]), text), empty]
-        if scale is not None:
+        if with_control:
             unet = controlled_unet(unet, [Control(network, None)])
-            control = (jnp.asarray(edges[rows], jnp.float32) / 255,), (jnp.full(len(rows), scale),)
+            control = (jnp.asarray(edges[rows], jnp.float32) / 255,), (jnp.ones(len(rows)),)
             conditionings = [Controlled(one, *control) for one in conditionings]
         settings = {"guidance_scale": guidance_scale, "num_steps": steps, "rng": jax.random.key(1)}
         return decode(
             pipeline.vae, sample_latents(unet, pipeline.scheduler_config, noise[rows], *conditionings, **settings)
         )
 
-    def sample(steps: int, scale: float | None) -> Images:
-        rows = np.arange(-(-len(captions) // CHUNK) * CHUNK) % len(captions)
-        return np.concatenate([chunk(some, steps, scale) for some in rows.reshape(-1, CHUNK)])[: len(captions)]
+    def sample(steps: int, with_control: bool) -> Images:
+        chunks = [chunk(rows, steps, with_control) for rows in batch_indices(len(captions), CHUNK)]
+        return np.concatenate(chunks)[: len(captions)]
 
     return sample
 
@@ -91,10 +92,10 @@ def main():
     for who, pipeline in places.items():
         sample = sampler(pipeline, captions, edges, GUIDANCE_SCALE.value if who == "teacher" else 1.0)
         for steps in STEPS[who]:
-            for scale in (None, 1.0):
-                images = sample(steps, scale)
+            for with_control in (False, True):
+                images = sample(steps, with_control)
                 grid.append(images[:IN_GRID])
-                row = {"who": who, "steps": steps, "control": scale is not None}
+                row = {"who": who, "steps": steps, "control": with_control}
                 figures = {"edges": agreement(images, edges), "clip_score": np.asarray(score(images, captions))}
                 rows.append(row | {name: summary(mean_figure(values)) for name, values in figures.items()})
                 print(json.dumps(rows[-1]), flush=True)

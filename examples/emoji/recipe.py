@@ -7,6 +7,8 @@ train_chinese.py and train_pea.py need what train_clip.py leaves, train_controln
 
 from ml_collections import ConfigDict, config_flags
 
+from mlcm_jax.models.controlnet_config import config_for_unet
+
 IMAGE_SIZE = 64  # pixels
 
 
@@ -238,33 +240,9 @@ CONTROLNET = _training(
 CONTROLNET_CAPTION_DROPOUT = 0.5
 
 # The UNet's way down, with one block in each transformer: as float16 it takes 5.6 MB.
-CONTROLNET_CONFIG = {
-    **{
-        key: UNET_CONFIG[key]
-        for key in (
-            "in_channels",
-            "down_block_types",
-            "mid_block_type",
-            "block_out_channels",
-            "layers_per_block",
-            "attention_head_dim",
-            "cross_attention_dim",
-            "use_linear_projection",
-            "addition_embed_type",
-            "addition_time_embed_dim",
-            "projection_class_embeddings_input_dim",
-            "norm_num_groups",
-            "act_fn",
-            "flip_sin_to_cos",
-            "freq_shift",
-            "norm_eps",
-        )
-    },
-    "_class_name": "ControlNetModel",
+CONTROLNET_CONFIG = config_for_unet(UNET_CONFIG) | {
     "transformer_layers_per_block": 1,
-    "conditioning_channels": 3,
     "conditioning_embedding_out_channels": [16, 32, 64],
-    "controlnet_conditioning_channel_order": "rgb",
 }
 
 SCHEDULER_CONFIG = {

@@ -1,6 +1,7 @@
 """The settings of diffusers' ControlNetModel: its config.json against a table of what is supported."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from mlcm_jax.json_config import COUNT, LAYERS, SIZES, Kind, Table, either, read_config, sizes
@@ -48,6 +49,12 @@ CONFIG_KEYS: Table = {key: unet_config.CONFIG_KEYS[key] for key in OF_UNETS} | {
     "controlnet_conditioning_channel_order": ("rgb", ("rgb", "bgr")),
     "global_pool_conditions": (False, (False,)),
 }
+
+
+def config_for_unet(unet: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a ControlNet that copies the way down of a UNet with this one; the rest are defaults."""
+    shared = (*OF_UNETS, "layers_per_block", DEPTHS_KEY)
+    return {key: unet[key] for key in shared if key in unet} | {"_class_name": CLASS_NAME}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,6 +92,20 @@ def pair(loaded, family, which, scheduler):
     return reference, TextToImage(pipeline)
 
 
+def assert_latents_are_diffusers(reference, ours, num_steps, strength, guidance_scale, mask=None, **given):
+    """given: the image, and what else diffusers' pipeline takes."""
+    theirs = reference(
+        PROMPTS,
+        strength=strength,
+        num_inference_steps=num_steps,
+        guidance_scale=guidance_scale,
+        output_type="latent",
+        **given,
+    ).images
+    settings = {"latents": NOISE, "num_steps": num_steps, "guidance_scale": guidance_scale}
+    assert_close(ours.sample(PROMPTS, **settings, image=IMAGE, mask=mask, strength=strength), channels_last(theirs))
+
+
 IMAGE_CASES = [
     ("sdxl", "TCDScheduler", 4, 0.5, 1.0),
     ("sdxl", "TCDScheduler", 8, 0.3, 1.0),
@@ -107,17 +121,9 @@ IMAGE_CASES = [
 def test_latents_from_an_image_are_diffusers(
     loaded, same_noise, family, scheduler, num_steps, strength, guidance_scale
 ):
-    reference, ours = pair(loaded, family, 1, scheduler)
-    theirs = reference(
-        PROMPTS,
-        image=IMAGE.resize((32, 32), Image.Resampling.LANCZOS),  # it takes no size
-        strength=strength,
-        num_inference_steps=num_steps,
-        guidance_scale=guidance_scale,
-        output_type="latent",
-    ).images
-    settings = {"latents": NOISE, "num_steps": num_steps, "guidance_scale": guidance_scale}
-    assert_close(ours.sample(PROMPTS, **settings, image=IMAGE, strength=strength), channels_last(theirs))
+    both = pair(loaded, family, 1, scheduler)
+    small = IMAGE.resize((32, 32), Image.Resampling.LANCZOS)  # it takes no size
+    assert_latents_are_diffusers(*both, num_steps, strength, guidance_scale, image=small)
 
 
 MASK_CASES = [
@@ -131,20 +137,8 @@ MASK_CASES = [
 
 @pytest.mark.parametrize(("family", "scheduler", "num_steps", "strength", "guidance_scale"), MASK_CASES)
 def test_latents_by_a_mask_are_diffusers(loaded, same_noise, family, scheduler, num_steps, strength, guidance_scale):
-    reference, ours = pair(loaded, family, 2, scheduler)
-    theirs = reference(
-        PROMPTS,
-        image=IMAGE,
-        mask_image=MASK,
-        height=32,
-        width=32,
-        strength=strength,
-        num_inference_steps=num_steps,
-        guidance_scale=guidance_scale,
-        output_type="latent",
-    ).images
-    settings = {"latents": NOISE, "num_steps": num_steps, "guidance_scale": guidance_scale}
-    assert_close(ours.sample(PROMPTS, **settings, image=IMAGE, mask=MASK, strength=strength), channels_last(theirs))
+    both, masked = pair(loaded, family, 2, scheduler), {"mask_image": MASK, "height": 32, "width": 32}
+    assert_latents_are_diffusers(*both, num_steps, strength, guidance_scale, MASK, image=IMAGE, **masked)
 
 
 @pytest.mark.parametrize("which", [1, 2])
