@@ -2,8 +2,9 @@
 
     python launch/train.py --config=configs/methods.py:lcm --workdir=runs/lcm --config.latents=FILE
 
-All train a LoRA of rank 32 at one guidance scale for 100 TFLOP, by the counter of --plan_only. docs/methods.md says
-what each method is and where it deviates from its paper. The states of "data" need a file of latents:
+All train at one guidance scale for 100 TFLOP, by the counter of --plan_only; all but lightning_full a LoRA of rank 32.
+docs/methods.md says what each method is and where it deviates from its paper. The states of "data" need a file of
+latents:
 
     python launch/encode.py --model=examples/emoji/teacher --prompts=examples/emoji/prompts/train.txt \
         --guidance_scale=1.5 --out=runs/emoji_latents.safetensors
@@ -118,14 +119,32 @@ CONDITIONAL = {
     "teacher_network": "previous",
 }
 FEWER_STEPS = (
-    (0.2, CONDITIONAL | {"num_segments": 8, RATE: 0.1}),
     (0.3, RELAXED),
     (0.4, CONDITIONAL | {"num_segments": 4, "solver_steps": 2}),
     (0.5, RELAXED),
     (0.6, CONDITIONAL | {"num_segments": 2}),
     (0.7, RELAXED),
+)
+LIGHTNING_LORA = (
+    (0.2, CONDITIONAL | {"num_segments": 8, RATE: 0.1}),
+    *FEWER_STEPS,
     (0.8, CONDITIONAL | {"num_segments": 1}),
     (0.9, RELAXED),
+)
+# Of all weights, the student of one step turns to x0, by the squared difference again.
+TO_X0 = {
+    "num_segments": 1,
+    "student_prediction_type": "sample",
+    "progressive_adversarial.relaxed": False,
+    "progressive_adversarial.weight": 0.0,
+    "consistency.weight": 1.0,
+}
+LIGHTNING_FULL = (
+    (0.2, CONDITIONAL | {"num_segments": 8, RATE: 0.05}),
+    *FEWER_STEPS,
+    (0.8, TO_X0 | {RATE: 1.0}),
+    (0.88, CONDITIONAL | {RATE: 0.05}),
+    (0.94, RELAXED),
 )
 LIGHTNING_EMOJI = {"progressive_adversarial.learning_rate": 1e-4}
 LIGHTNING_SDXL = {"optim.learning_rate": 1e-5, "progressive_adversarial.learning_rate": 1e-6, "batch_size": 512}
@@ -234,15 +253,23 @@ METHODS = {
         834,
         12_000,
         LIGHTNING | {"states": "data", "pure_noise": True},
-        FEWER_STEPS,
+        LIGHTNING_LORA,
         emoji=LIGHTNING_EMOJI,
+        sdxl=LIGHTNING_SDXL,
+    ),
+    "lightning_full": Method(
+        950,
+        12_000,
+        LIGHTNING | {"states": "data", "pure_noise": True, "trainable": "full"},
+        LIGHTNING_FULL,
+        emoji=LIGHTNING_EMOJI | {"optim.learning_rate": 1e-4},
         sdxl=LIGHTNING_SDXL,
     ),
     "lightning_data_free": Method(
         834,
         12_000,
         LIGHTNING | {"states": "streaming"},
-        FEWER_STEPS,
+        LIGHTNING_LORA,
         emoji=LIGHTNING_EMOJI,
         sdxl=LIGHTNING_SDXL,
     ),

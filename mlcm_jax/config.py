@@ -90,6 +90,7 @@ def base() -> ConfigDict:
     config.target_network = "student"  # whose answer is the target: student, or ema (needs ema_decay)
     config.distance = "l2"  # between the two: l2, pseudo_huber, latent_lpips, x0_norm (MCM's) or x0_snr (TRACT's)
     config.latent_lpips = ""  # folder of launch/train_lpips.py, for latent_lpips
+    config.student_prediction_type = ""  # of its output: epsilon, v_prediction or sample (x0); "": the teacher's
     config.trainable = "full"  # full: all weights of the UNet; lora: low-rank factors beside the frozen teacher
     config.lora = ConfigDict()
     config.lora.rank = 64

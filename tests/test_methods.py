@@ -33,7 +33,7 @@ def test_a_method_is_a_configuration_that_works(file, name):
     for stage in stages:
         validate(stage.config)
     assert config.num_steps == (method.emoji_steps if file is methods else method.sdxl_steps)
-    assert config.trainable == "lora"
+    assert config.trainable == ("full" if name == "lightning_full" else "lora")
     assert bool(config.latents) == any(source_of(stage).reads_latents for stage in stages)
     of_teacher = method.emoji if file is methods else method.sdxl
     last = {key: v for changes in (method.first, *(late for _, late in method.later)) for key, v in changes.items()}
@@ -58,7 +58,7 @@ def test_unknown_names_are_refused(file):
 def test_the_exported_scheduler_visits_what_was_trained(name):
     """In diffusers itself: as many steps as there are segments begin at their upper boundaries."""
     for stage in read_stages(methods.get_config(name)):
-        exported = student_scheduler_config(SDXL, stage.config.sampler)
+        exported = student_scheduler_config(SDXL, stage.config.sampler, stage.config.student_prediction_type)
         scheduler = getattr(diffusers, exported["_class_name"]).from_config(exported)
         scheduler.set_timesteps(stage.config.num_segments)
         np.testing.assert_array_equal(scheduler.timesteps, boundaries(stage.config.num_segments)[:-1])

@@ -44,9 +44,12 @@ def convert_output(prediction_type: str, output: Latents, z: Latents, alpha: Sca
     return CONVERSIONS[prediction_type](output.astype(jnp.float32), z.astype(jnp.float32), alpha, sigma)
 
 
-def predict_x0_eps(schedule: Schedule, output: Latents, z: Latents, timesteps: Timesteps) -> Prediction:
-    """Network output for z at ``timesteps`` -> (x0, eps), float32."""
-    return convert_output(schedule.prediction_type, output, z, *alpha_sigma(schedule, timesteps))
+def predict_x0_eps(
+    schedule: Schedule, output: Latents, z: Latents, timesteps: Timesteps, prediction_type: str = ""
+) -> Prediction:
+    """Network output for z at ``timesteps`` -> (x0, eps), float32. prediction_type: what it is; "": the schedule's."""
+    alpha, sigma = alpha_sigma(schedule, timesteps)
+    return convert_output(prediction_type or schedule.prediction_type, output, z, alpha, sigma)
 
 
 def add_noise(schedule: Schedule, x0: Latents, noise: Latents, timesteps: Timesteps) -> Latents:

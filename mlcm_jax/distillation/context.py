@@ -27,6 +27,8 @@ class DistillationContext:
 
     apply: the denoiser. config: of one stage. networks: what the weights in ``Frozen.networks`` belong to.
     student_apply: of a student that is conditioned on its guidance scale; it takes the scale's embedding as well.
+    former_prediction_type: what the output of the former student is, which is the teacher with
+    teacher_network="previous"; "": what the teacher's is.
     """
 
     apply: Apply
@@ -34,6 +36,7 @@ class DistillationContext:
     config: ConfigDict
     networks: FrozenNetworks = FrozenNetworks()  # noqa: RUF009  (frozen)
     student_apply: Apply | None = None
+    former_prediction_type: str = ""
 
     def teacher_x0(self, frozen: Frozen, condition: Condition, z: Latents, t: Timesteps) -> Latents:
         """The teacher's guided prediction of the clean latents, float32."""
@@ -46,8 +49,16 @@ class DistillationContext:
 
     def student_x0(self, params: Params, frozen: Frozen, condition: Condition, z: Latents, t: Timesteps) -> Latents:
         """The prediction of the clean latents, float32, by a student with the trained parameters ``params``."""
+        return self._student_x0(params, frozen, condition, z, t, self.config.student_prediction_type)
+
+    def former_student_x0(self, params: Params, frozen: Frozen, condition: Condition, z: Latents, t: Timesteps):
+        """The same by the student that is the teacher with teacher_network="previous"."""
+        return self._student_x0(params, frozen, condition, z, t, self.former_prediction_type)
+
+    def _student_x0(self, params, frozen, condition, z, t, prediction_type):
         variables = student_variables(params, frozen.teacher, self.config)
-        return predict_x0_eps(self.schedule, self.student_output(variables, z, t, condition), z, t).x0
+        output = self.student_output(variables, z, t, condition)
+        return predict_x0_eps(self.schedule, output, z, t, prediction_type).x0
 
     def student_output(self, variables: Params, z: Latents, t: Timesteps, condition: Condition, **options: Any) -> Any:
         """The output of the student, or of a network like it, conditioned on its guidance scale or not. options:

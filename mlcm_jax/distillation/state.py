@@ -7,6 +7,7 @@ import optax
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
+from mlcm_jax.diffusion.parameterization import CONVERSIONS
 from mlcm_jax.errors import UserError
 from mlcm_jax.models import lora
 from mlcm_jax.rules import POSITIVE, Rule, check_rules, one_of
@@ -20,6 +21,7 @@ def check(config: ConfigDict) -> None:
         {
             "trainable": one_of("full", "lora"),
             "teacher_network": one_of("teacher", "previous"),
+            "student_prediction_type": one_of("", *CONVERSIONS),
             "lora.rank": POSITIVE,
             "lora.alpha": POSITIVE,
             "ema_decay": Rule(lambda v: 0 <= v < 1, "0 or more and less than 1"),

@@ -104,7 +104,7 @@ def draw_states(
     noise_key, timestep_key, sample_key = (rng.stream(batch.seed, name, state.step) for name in streams)
     teacher_x0 = partial(context.teacher_x0, frozen, condition)
     if context.config.teacher_network == "previous":
-        teacher_x0 = partial(context.student_x0, cast(Params, state.previous_student), frozen, condition)
+        teacher_x0 = partial(context.former_student_x0, cast(Params, state.previous_student), frozen, condition)
     source = SourceContext(
         context.schedule,
         context.config,

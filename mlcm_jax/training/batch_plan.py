@@ -54,11 +54,9 @@ def takes_new_prompt(stage: Stage, plan: BatchPlan) -> Bool[np.ndarray, " n"]:
 
 
 def renews_teacher(stages: tuple[Stage, ...], step: int) -> bool:
-    """Whether ``step`` is the first with its number of segments: then the student becomes the teacher of stages that
-    have students as theirs."""
-    number = stage_at(stages, step)
-    before = stages[max(number - 1, 0)].config.num_segments
-    return step == stages[number].start and (number == 0 or before != stages[number].config.num_segments)
+    """Whether the student as it is before ``step`` becomes the teacher of stages that have students as theirs."""
+    stage = stages[stage_at(stages, step)]
+    return step == stage.start and stage.renews_teacher
 
 
 def guidance_scales(config: ConfigDict, prompts: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:

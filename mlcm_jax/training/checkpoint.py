@@ -46,9 +46,10 @@ def _rename(damaged: epath.Path) -> None:
     damaged.rename(aside)
 
 
-def read_trained(folder: epath.PathLike, sharding: jax.sharding.Sharding) -> Params | None:
-    """The trained parameters alone of the newest whole checkpoint in a run's folder, their moving average where one was
-    kept, whatever devices they were saved from; None where there is none. sharding: of all of them."""
+def read_trained(folder: epath.PathLike, sharding: jax.sharding.Sharding) -> tuple[int, Params] | None:
+    """The number of steps and the trained parameters alone of the newest whole checkpoint in a run's folder, their
+    moving average where one was kept, whatever devices they were saved from; None where there is none. sharding: of all
+    of them."""
     step = latest_step(folder)
     if step is None:
         return None
@@ -58,7 +59,7 @@ def read_trained(folder: epath.PathLike, sharding: jax.sharding.Sharding) -> Par
     wanted = {name: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree[name])}
     restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
     args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
-    return handler.restore(saved, args=args)[name]
+    return step, handler.restore(saved, args=args)[name]
 
 
 def _absolute(folder: epath.PathLike) -> epath.Path:

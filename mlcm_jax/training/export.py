@@ -32,15 +32,19 @@ def check(config: ConfigDict) -> None:
     check_rules(config, {"sampler": one_of(*SAMPLERS)})
 
 
-def student_scheduler_config(teacher_config: dict[str, Any], sampler: str = "tcd") -> dict[str, Any]:
+def student_scheduler_config(
+    teacher_config: dict[str, Any], sampler: str = "tcd", prediction_type: str = ""
+) -> dict[str, Any]:
     """The scheduler whose M steps begin where M segments do, on the teacher's noise schedule.
 
     sampler: "tcd" goes from boundary to boundary; the pipeline's default eta = 0 keeps it deterministic. "lcm" predicts
     x0 at each boundary and noises it to the next one. diffusers' classes then step over every timestep
     (original_inference_steps=1000) to the boundaries of distillation/segments.py; their default of 50 would miss them.
+    prediction_type: of the student; "": the teacher's.
     """
     values = read_noise_config(teacher_config)
     noise = {key: values[key] for key in NOISE_KEYS}
+    noise["prediction_type"] = prediction_type or noise["prediction_type"]
     return {
         **SAMPLERS[sampler],
         "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
@@ -96,7 +100,8 @@ def export(
 ) -> None:
     """Write the student to ``folder``.
 
-    pipeline: the teacher. trained: the run's parameters. dtype: of the written tensors.
+    pipeline: the teacher. trained: the run's parameters. config: by which they were trained last
+    (``stages.settings_after``). dtype: of the written tensors.
     format: "diffusers", a pipeline folder whose scheduler visits the boundaries of training, or with its
     config beside it "single_file", model.safetensors in the original names, or
     "lora" and "kohya", pytorch_lora_weights.safetensors in PEFT's or in kohya's naming.
@@ -105,7 +110,9 @@ def export(
     if format not in FORMATS:
         raise UserError(f"--format={format} is unknown: use one of {', '.join(FORMATS)}.")
     folder = epath.Path(folder)
-    scheduler_config = student_scheduler_config(pipeline.scheduler_config, config.sampler)
+    scheduler_config = student_scheduler_config(
+        pipeline.scheduler_config, config.sampler, config.student_prediction_type
+    )
     if format == "diffusers":
         student = dataclasses.replace(pipeline, unet=student_unet(pipeline.unet, trained, config))
         save_pipeline(student, folder, dtype=dtype, scheduler_config=scheduler_config)

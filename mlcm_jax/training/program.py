@@ -126,6 +126,7 @@ def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> P
     # The student's: where some schedulers lift the end of a zero terminal SNR, the one that is exported does not.
     schedule = Schedule.from_config(student_scheduler_config(architecture.scheduler_config))
     stages = read_stages(config)
+    _check_prediction_types(stages, schedule)
     sizes = _image_sizes(config, stages, architecture)
     latent_shapes = [architecture.latent_shape(size) for size in sizes]
     networks = read_frozen_networks([stage.config for stage in stages], architecture)
@@ -144,7 +145,9 @@ def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> P
     def make_step(stage: Stage, bucket: int, *, counted: bool = False) -> TrainStep:
         module = _student(config, architecture, mesh, counted=counted)
         student_apply = module.with_guidance_embedding(config.guidance_embedding_dim).apply
-        context = DistillationContext(module.apply, schedule, stage.config, networks, student_apply)
+        context = DistillationContext(
+            module.apply, schedule, stage.config, networks, student_apply, stage.former_prediction_type
+        )
         own = bucket if len(sizes) > 1 else None
         step = make_train_step(context, stage_optimizer(stages), latent_shapes[bucket], own)
         return sharding.traced_on(mesh, step)
@@ -236,6 +239,15 @@ def _check_teacher(architecture: Pipeline) -> None:
         raise UserError(
             "The teacher's UNet has time_cond_proj_dim: it is a student that is conditioned on its guidance scale, and "
             "such ones cannot be distilled further; name the model that it was made from."
+        )
+
+
+def _check_prediction_types(stages: tuple[Stage, ...], schedule: Schedule) -> None:
+    ends_in_noise = float(schedule.alphas_cumprod[-1]) == 0
+    if ends_in_noise and any(stage.config.student_prediction_type == "epsilon" for stage in stages):
+        raise UserError(
+            "config.student_prediction_type='epsilon' cannot tell x0 from pure noise, in which the teacher's noise "
+            "schedule ends: use v_prediction or sample."
         )
 
 

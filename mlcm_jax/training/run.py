@@ -38,7 +38,7 @@ from mlcm_jax.training.report import Known
 from mlcm_jax.training.resume import CONFIG_FILE, changed_prompts, changed_schedule, check_resume, read_settings
 from mlcm_jax.training.reward_monitor import stop_rule
 from mlcm_jax.training.sample_grids import SampleGrids
-from mlcm_jax.training.stages import read_stages
+from mlcm_jax.training.stages import read_stages, settings_after
 from mlcm_jax.training.text_conditioning import Texts, open_states, read_texts
 from mlcm_jax.training.wandb_run import check_wandb
 from mlcm_jax.types import Params
@@ -94,9 +94,10 @@ def distill(
     meet("loaded")
     texts = read_texts(program, pipeline, sample_prompts, states)
     with closing(InputPipeline(program, pipeline, prompts, latents, states)) as batches:
-        trained = train(program, executables, starting, pipeline, batches, texts, workdir, profile)
+        trained, steps = train(program, executables, starting, pipeline, batches, texts, workdir, profile)
     del pipeline, batches
-    export(load_teacher(program, None), trained, config, workdir / "export", format="diffusers")
+    last = settings_after(config, steps)
+    export(load_teacher(program, None), trained, last, workdir / "export", format="diffusers")
     say(f"The student is in {workdir / 'export'}, its images are in {workdir / 'samples'}.")
 
 
@@ -146,8 +147,9 @@ def train(
     texts: Texts,
     workdir: epath.Path,
     profile: Profile | None = None,
-) -> Params:
-    """Train to the last step; returns the trained parameters (their moving average where one is kept).
+) -> tuple[Params, int]:
+    """Train to the last step; returns the trained parameters (their moving average where one is kept) and the number
+    of steps, which is smaller where the run stopped early.
 
     starting: as ``Program.init_state`` takes it, for a run that has no checkpoint.
     """
@@ -182,7 +184,7 @@ def train(
     grids.finish(state, workdir)
     if is_first():
         plot_loss(read_metrics(workdir / "metrics.jsonl"), workdir / "samples" / "loss.png")
-    return state.trained
+    return state.trained, int(state.step)
 
 
 def _known(program: Program) -> Known:
@@ -229,7 +231,7 @@ def _starting_lora(program: Program, unet: Params) -> Params:
 
 
 def read_student(workdir: epath.PathLike, format: str) -> tuple[ConfigDict, Pipeline, Params]:
-    """What ``export`` takes for a format: the settings, the teacher and the newest trained parameters of a run.
+    """What ``export`` takes for a format: the last settings, the teacher and the newest trained parameters of a run.
 
     All is put on one device, whatever the run was trained on; nothing is read that the export does not hold.
     Raises UserError when ``workdir`` holds no run or no checkpoint.
@@ -238,8 +240,10 @@ def read_student(workdir: epath.PathLike, format: str) -> tuple[ConfigDict, Pipe
     config = read_settings(workdir)
     if config is None:
         raise UserError(f"{workdir} holds no run: name the --workdir that launch/train.py was given.")
-    trained = read_trained(workdir / CHECKPOINTS, SingleDeviceSharding(jax.devices()[0]))
-    if trained is None:
+    newest = read_trained(workdir / CHECKPOINTS, SingleDeviceSharding(jax.devices()[0]))
+    if newest is None:
         raise UserError(f"{workdir} holds no checkpoint yet: let launch/train.py run to its first one.")
     parts = exported_parts(read_architecture(config.teacher, **_files(config)), config, format)
-    return config, load_pipeline(config.teacher, parts=parts, **_files(config)), trained
+    pipeline = load_pipeline(config.teacher, parts=parts, **_files(config))
+    steps, trained = newest
+    return settings_after(config, steps), pipeline, trained

@@ -20,6 +20,7 @@ from mlcm_jax.sampling.decode import decode
 from mlcm_jax.sampling.sample import draw_noise, latent_distance, sample_latents
 from mlcm_jax.training.export import ddim_scheduler_config, student_network, student_scheduler_config
 from mlcm_jax.training.program import Program
+from mlcm_jax.training.stages import settings_after
 from mlcm_jax.training.text_conditioning import Texts
 from mlcm_jax.types import HostLatents
 
@@ -59,8 +60,10 @@ class SampleGrids:
         return self._reference
 
     def student(self, state: TrainState, num_steps: int) -> HostLatents:
-        config = self._program.config
-        scheduler = student_scheduler_config(self._pipeline.scheduler_config, config.sampler)
+        config = settings_after(self._program.config, int(state.step))
+        scheduler = student_scheduler_config(
+            self._pipeline.scheduler_config, config.sampler, config.student_prediction_type
+        )
         variables = student_variables(state.trained, self._pipeline.unet.params, config)
         scale = config.guidance_scale if config.guidance_embedding_dim else 1.0
         return self._latents(student_network(self._pipeline.unet, config), variables, scheduler, scale, num_steps)

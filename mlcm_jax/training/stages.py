@@ -5,7 +5,8 @@ num_segments is 4 and everything else is as before. Trained weights, optimizer s
 """
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -33,6 +34,7 @@ CHANGEABLE = (
     "guidance_scale_max",
     "target",
     "target_network",
+    "student_prediction_type",
     "distance",
     "losses_min_timestep",
     *(key for source in STATE_SOURCES.values() for key in source.stage_settings),
@@ -45,18 +47,25 @@ TRACED = ("num_segments", "guidance_scale", "guidance_scale_max", "optim.learnin
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Steps start <= step < end (0 is the first), and the whole configuration that holds there."""
+    """Steps start <= step < end (0 is the first), and the whole configuration that holds there.
+
+    renews_teacher: whether the student as it is at the start becomes the former student, the teacher of stages with
+    teacher_network="previous": where the number of segments is another one than before. former_prediction_type: what
+    that one's output is; "": what the teacher's is.
+    """
 
     start: int
     end: int
     config: ConfigDict
+    renews_teacher: bool
+    former_prediction_type: str
 
     def program_key(self) -> str:
         """Equal for stages that one compiled program serves."""
         config = self.config.copy_and_resolve_references()
         for key in TRACED:
             _assign(config, key, 1)
-        return config.to_json(sort_keys=True)
+        return config.to_json(sort_keys=True) + self.former_prediction_type
 
 
 def read_stages(config: ConfigDict) -> tuple[Stage, ...]:
@@ -74,7 +83,13 @@ def read_stages(config: ConfigDict) -> tuple[Stage, ...]:
         starts.append(start)
         configs.append(changed)
     ends = [*starts[1:], max(config.num_steps, starts[-1] + 1)]
-    return tuple(Stage(*fields) for fields in zip(starts, ends, configs, strict=True))
+    return tuple(Stage(*fields) for fields in zip(starts, ends, configs, *_teachers(configs), strict=True))
+
+
+def settings_after(config: ConfigDict, steps: int) -> ConfigDict:
+    """The settings by which a student of that many steps was trained last."""
+    stages = read_stages(config)
+    return stages[stage_at(stages, max(steps - 1, 0))].config
 
 
 def num_buckets(config: ConfigDict) -> int:
@@ -91,6 +106,15 @@ def _without_stages(config: ConfigDict) -> ConfigDict:
     alone = config.copy_and_resolve_references()
     alone.stages = ()
     return alone
+
+
+def _teachers(configs: Sequence[ConfigDict]) -> tuple[list[bool], list[str]]:
+    """``Stage.renews_teacher`` and ``Stage.former_prediction_type`` of each stage."""
+    renews, types = [True], [""]
+    for before, config in itertools.pairwise(configs):
+        renews.append(before.num_segments != config.num_segments)
+        types.append(before.student_prediction_type if renews[-1] else types[-1])
+    return renews, types
 
 
 def _start(change: Mapping[str, Any], number: int, before: int) -> int:

@@ -1,6 +1,7 @@
 """SDXL-Lightning (arXiv 2402.13929): the teacher's steps, both objectives, and the discriminator that is a copy."""
 
 import dataclasses
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -76,22 +77,26 @@ def lightning(**values):
     return config
 
 
-def moved(params, z, t, s):
-    """One DDIM step from t to s by a network without guidance."""
+def moved(params, z, t, s, prediction_type=""):
+    """One DDIM step from t to s by a network without guidance, whose output is the noise or, "sample", x0."""
     a, b = (ABAR[u].reshape(-1, 1, 1, 1) for u in (t, s))
-    eps = Toy().apply({"params": params}, z, jnp.asarray(t), BATCH.conditioning)
-    return np.sqrt(b) * (z - np.sqrt(1 - a) * eps) / np.sqrt(a) + np.sqrt(1 - b) * eps
+    output = Toy().apply({"params": params}, z, jnp.asarray(t), BATCH.conditioning)
+    x0, eps = (z - np.sqrt(1 - a) * output) / np.sqrt(a), output
+    if prediction_type == "sample":
+        x0, eps = output, (z - np.sqrt(a) * output) / np.sqrt(1 - a)
+    return np.sqrt(b) * x0 + np.sqrt(1 - b) * eps
 
 
-@jax.jit
-def states(step=0):
+@partial(jax.jit, static_argnums=0)
+def states(former_type):
     """Noised latents, the noise alone at t = 999, and where the student of four steps comes to in two."""
-    noise = jax.random.normal(rng.stream(0, "noise", step), (N, *LATENT_SHAPE))
+    noise = jax.random.normal(rng.stream(0, "noise", 0), (N, *LATENT_SHAPE))
     a = ABAR[T].reshape(-1, 1, 1, 1)
     noised = np.sqrt(a) * BATCH.latents + np.sqrt(1 - a) * noise
     z = jnp.where((T == 999)[:, None, None, None], noise, noised)
     middle = np.where(T == 999, 749, 249)
-    return z, moved(PREVIOUS, moved(PREVIOUS, z, T, middle), middle, BOUNDARY)
+    former = partial(moved, PREVIOUS, prediction_type=former_type)
+    return z, former(former(z, T, middle), middle, BOUNDARY)
 
 
 def head_of(params, begin, end):
@@ -115,9 +120,9 @@ def logit(critic, z, end, relaxed):
     return head_of(critic["head"], begin, there)
 
 
-def critic_of(config, scale=0.0):
+def critic_of(config, scale=0.0, former_type=""):
     """The loss's context and its critic, whose parameters are moved by random numbers of that size."""
-    context = DistillationContext(Toy().apply, SCHEDULE, config)
+    context = DistillationContext(Toy().apply, SCHEDULE, config, former_prediction_type=former_type)
     latents = jnp.zeros((N, *LATENT_SHAPE))
     shapes = CriticShapes(*jax.eval_shape(lambda *a: a, TEACHER, BATCH.conditioning, latents))
     critics = create_critics(context, jax.random.key(5), STUDENT, shapes)
@@ -126,25 +131,27 @@ def critic_of(config, scale=0.0):
     return context, {NAME: dataclasses.replace(critics[NAME], params=params)}
 
 
-@pytest.mark.parametrize("relaxed", [False, True])
-def test_the_step_is_lightnings(relaxed):
+@pytest.mark.parametrize(
+    ("relaxed", "own", "former"), [(False, "", ""), (True, "", ""), (False, "sample", ""), (True, "sample", "sample")]
+)
+def test_the_step_is_lightnings(relaxed, own, former):
     """softplus(-D) of the student's state after one step, the squared distance to the teacher's state after two."""
-    config, optimizer = lightning(), optax.sgd(1.0)
+    config, optimizer = lightning(student_prediction_type=own), optax.sgd(1.0)
     config[NAME].relaxed = relaxed
-    context, critics = critic_of(config, 0.3)
+    context, critics = critic_of(config, 0.3, former)
     critic = critics[NAME].params
     state = create(STUDENT, optimizer, critics=critics, with_previous=True).replace(previous_student=PREVIOUS)
     after, metrics = jax.jit(make_train_step(context, optimizer, LATENT_SHAPE))(state, FROZEN, BATCH)
-    z, real = states()
+    z, real = states(former)
 
     @jax.jit
     @jax.value_and_grad
     def generator(params):
-        return jnp.mean(jnp.log1p(jnp.exp(-logit(critic, z, moved(params, z, T, BOUNDARY), relaxed))))
+        return jnp.mean(jnp.log1p(jnp.exp(-logit(critic, z, moved(params, z, T, BOUNDARY, own), relaxed))))
 
     @jax.jit
     def fake_and_logits():
-        fake = moved(STUDENT, z, T, BOUNDARY)
+        fake = moved(STUDENT, z, T, BOUNDARY, own)
         return fake, *(logit(critic, z, end, relaxed) for end in (fake, real))
 
     fake, ours, theirs = jax.device_get(fake_and_logits())

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from mlcm_jax.config import base
 from mlcm_jax.data.prompts import shuffled
 from mlcm_jax.errors import UserError
-from mlcm_jax.training.batch_plan import batch_plan, guidance_scales, takes_new_prompt
+from mlcm_jax.training.batch_plan import batch_plan, guidance_scales, renews_teacher, takes_new_prompt
 from mlcm_jax.training.checks import validate
 from mlcm_jax.training.optimizer import stage_optimizer
-from mlcm_jax.training.stages import read_stages, stage_at
+from mlcm_jax.training.stages import read_stages, settings_after, stage_at
 
 
 def run(**values):
@@ -73,6 +73,25 @@ def test_stages_add_up_and_take_prompts_where_the_last_one_stopped():
         assert len(prompts) > 0.8 * (max(prompts) - min(prompts) + 1), "hardly any position is left out"
     assert set(seen.values()) == {1}, "no stage repeats the prompts of another"
     assert (batch_plan(stages, 10).trajectory_step == 0).all(), "a new number of segments starts new trajectories"
+
+
+def test_the_former_student_predicts_what_it_was_trained_to():
+    sample = {"student_prediction_type": "sample"}
+    changes = ({"start": 10, "num_segments": 2} | sample, {"start": 20, "skip": 5}, {"start": 30, "num_segments": 1})
+    config = run(skip=5, stages=changes)
+    stages = read_stages(config)
+    assert [s.former_prediction_type for s in stages] == ["", "", "", "sample"]
+    assert [renews_teacher(stages, step) for step in (0, 1, 10, 11, 20, 30, 31)] == [
+        True,
+        False,
+        True,
+        *[False] * 2,
+        True,
+        False,
+    ]
+    assert stages[2].program_key() != stages[3].program_key(), "they differ in the teacher"
+    found = [settings_after(config, steps).student_prediction_type for steps in (0, 10, 11, 100)]
+    assert found == ["", "", "sample", "sample"]
 
 
 def test_a_stage_with_another_learning_rate_has_a_schedule_of_its_own():

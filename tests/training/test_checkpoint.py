@@ -42,7 +42,10 @@ def test_the_trained_parameters_are_read_alone(tmp_path, with_ema, monkeypatch):
     assert latest_step(tmp_path / "checkpoints") == 5
     device = jax.devices()[3]
     before = sum(a.nbytes for a in jax.live_arrays())
-    trained = read_trained(tmp_path / "checkpoints", SingleDeviceSharding(device))
+    newest = read_trained(tmp_path / "checkpoints", SingleDeviceSharding(device))
+    assert newest is not None
+    steps, trained = newest
+    assert steps == 5
     size = sum(a.nbytes for a in jax.tree.leaves(PARAMS))
     assert sum(a.nbytes for a in jax.live_arrays()) - before <= size
     jax.tree.map(np.testing.assert_array_equal, trained, state.trained)

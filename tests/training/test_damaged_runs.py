@@ -86,8 +86,10 @@ def test_the_newest_whole_checkpoint_is_taken(run, capsys, kind):
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("   skipped  the checkpoint of step 5, which is damaged: ") and len(line) < 300
     assert words.format(size=size) in line
-    trained = read_trained(run, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    assert trained is not None and (np.asarray(trained["a"]["kernel"]) == 3).all()
+    newest = read_trained(run, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    assert newest is not None
+    steps, trained = newest
+    assert steps == 3 and (np.asarray(trained["a"]["kernel"]) == 3).all()
 
 
 def test_any_change_of_any_file_is_found(run):

@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from programs import PROMPT, Programs
+from small_runs import settings
 from tiny_models import ONE_LEVEL_XL, save_sdxl
 
 from configs import sdxl
 from mlcm_jax.diffusion.schedule import Schedule
 from mlcm_jax.hub.pipeline import load_pipeline
 from mlcm_jax.sampling.text_to_image import TextToImage
+from mlcm_jax.training.export import export
 
 ARCHITECTURES = Path(__file__).parents[2] / "configs" / "architectures"
 SCHEDULER = json.loads((ARCHITECTURES / "sdxl_vpred" / "scheduler" / "scheduler_config.json").read_text())
@@ -55,14 +57,27 @@ def test_it_trains_and_its_samples_are_finite(trained):
 
 
 def test_stock_diffusers_draws_the_same_images(trained):
+    assert_same_images(trained / "export", 1, 2)
+
+
+def test_stock_diffusers_draws_the_images_of_a_student_that_predicts_x0(sdxl_folder, tmp_path):
+    teacher, config = load_pipeline(sdxl_folder), settings(trainable="full", student_prediction_type="sample")
+    export(teacher, teacher.unet.params, config, tmp_path, format="diffusers", dtype=np.float32)
+    scheduler = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "sample"
+    assert_same_images(tmp_path, 1)
+
+
+def assert_same_images(folder, *counts):
+    """Of a folder's pipeline here and in diffusers, within 2 of 255, by these numbers of steps."""
     import torch
     from diffusers import StableDiffusionXLPipeline
 
     noise = np.random.default_rng(0).standard_normal((1, 4, 16, 16)).astype(np.float32)
-    pipe = StableDiffusionXLPipeline.from_pretrained(trained / "export", torch_dtype=torch.float32)
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    sampler = TextToImage(load_pipeline(trained / "export", param_dtype=np.float32))
-    for num_steps in (1, 2):
+    sampler = TextToImage(load_pipeline(folder, param_dtype=np.float32))
+    for num_steps in counts:
         asked = {"guidance_scale": 0, "num_inference_steps": num_steps, "output_type": "np"}
         theirs = np.round(pipe(PROMPT, latents=torch.from_numpy(noise), **asked).images[0] * 255).astype(int)
         ours = sampler(PROMPT, num_steps=num_steps, latents=noise.transpose(0, 2, 3, 1))[0].astype(int)
