@@ -195,7 +195,7 @@ METHODS = {
         sdxl={"guidance_scale": 7.0, "guidance_scale_max": 8.0, "optim.learning_rate": 2e-6},
     ),
     "pcm_no_cfg": Method(
-        1085,
+        1206,
         20_000,
         PCM | {"guidance_scale": 1.0, "empty_prompts": 0.1},
         emoji={"adversarial_consistency.learning_rate": 1e-3},

@@ -15,12 +15,11 @@ from asked_devices import wants_gpu
 
 if not wants_gpu(sys.argv):  # before jax is imported
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-XLA_FLAGS = ["--xla_force_host_platform_device_count=8"]  # for meshes
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"  # for meshes
 # The older emitters of fused loops compile most programs of tests in a third less time. XLA ends a process that has a
 # flag which it does not know, so versions that nobody tried go without it.
 if version("jaxlib").startswith("0.10."):
-    XLA_FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *XLA_FLAGS])
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # One cache of compiled programs for this session: its workers and the programs that they start inherit the variables.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mlcm_jax_xla_")

@@ -21,6 +21,11 @@ from mlcm_jax.types import Condition, Latents, Params, Timesteps
 Apply = Callable[..., Any]
 
 
+def is_guided(config: ConfigDict) -> bool:
+    """Whether a stage's teacher is guided. At w = 1 it is not: its conditional branch is all that counts."""
+    return not config.guidance_scale == (config.guidance_scale_max or config.guidance_scale) == 1
+
+
 @dataclasses.dataclass(frozen=True)
 class DistillationContext:
     """What sources of states, targets, distances and losses may use.
@@ -41,6 +46,8 @@ class DistillationContext:
     def teacher_x0(self, frozen: Frozen, condition: Condition, z: Latents, t: Timesteps) -> Latents:
         """The teacher's guided prediction of the clean latents, float32."""
         predict = partial(self.apply, {"params": frozen.teacher})
+        if not is_guided(self.config):
+            return predict_x0_eps(self.schedule, predict(z, t, condition.conditioning), z, t).x0
         unconditional = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(z), *a.shape[1:])), frozen.unconditional)
         if self.config.buckets:  # both branches know the size of the image
             unconditional = unconditional.replace(time_ids=condition.conditioning.time_ids)

@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mlcm_jax.distillation.context import is_guided
 from mlcm_jax.distillation.losses import LOSSES
 from mlcm_jax.distillation.states import STATE_SOURCES
 from mlcm_jax.errors import UserError
@@ -65,7 +66,7 @@ class Stage:
         config = self.config.copy_and_resolve_references()
         for key in TRACED:
             _assign(config, key, 1)
-        return config.to_json(sort_keys=True) + self.former_prediction_type
+        return f"{config.to_json(sort_keys=True)} {self.former_prediction_type} {is_guided(self.config)}"
 
 
 def read_stages(config: ConfigDict) -> tuple[Stage, ...]:

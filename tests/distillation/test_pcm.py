@@ -152,6 +152,25 @@ def test_a_tenth_of_the_prompts_is_left_out_as_long_as_a_trajectory_lasts(states
     assert not batch_plan(read_stages(settings(states=states)), 0).without_prompt.any()
 
 
+def test_a_teacher_without_guidance_is_asked_for_its_conditional_branch_alone():
+    asked, frozen = [], Frozen(toy_params(2), toy_conditioning(1, 4))
+    batch, z = toy_batch(8, 3, [0] * 8, 4, guidance_scale=1.0), jax.random.normal(jax.random.key(0), (8, *LATENT_SHAPE))
+
+    def counted(variables, z, *rest):
+        asked.append(len(z))
+        return toy_apply(variables, z, *rest)
+
+    def x0(**guidance):
+        context = DistillationContext(counted, SCHEDULE, settings(**guidance))
+        return jax.jit(context.teacher_x0)(frozen, batch.condition, z, jnp.full(8, 499))
+
+    drawn = x0(guidance_scale=1.0, guidance_scale_max=2.0)
+    np.testing.assert_allclose(x0(guidance_scale=1.0), drawn, atol=1e-5)
+    assert asked == [16, 8]
+    stages = read_stages(settings(guidance_scale=1.0, stages=({"start": 5, "guidance_scale": 2.0},)))
+    assert stages[0].program_key() != stages[1].program_key()
+
+
 def test_noising_further_is_noising():
     """Two steps of it have the moments of one: the mean of the clean latents, the variance of the later timestep."""
     x0, noise, more = (jax.random.normal(jax.random.key(k), (4096, 2, 2, 1)) for k in range(3))
