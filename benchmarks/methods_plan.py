@@ -10,8 +10,8 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from configs import sdxl
 from configs.methods import METHODS
+from configs.sdxl import get_config
 from examples.emoji.results_tables import replace_block
 from mlcm_jax.cli import run_main
 from mlcm_jax.training.plan import Plan, format_bytes
@@ -25,7 +25,7 @@ PAGE, MARKER = Path("docs/methods.md"), "sdxl plan"
 
 def plan_of(name: str) -> Plan:
     """On one device, which holds everything."""
-    config = sdxl.get_config(name)
+    config = get_config(name)
     config.mesh.data, config.mesh.fsdp = 1, 1
     return build_program(config, describe_teacher(config, weights_needed=False), jax.devices()[:1]).plan
 
