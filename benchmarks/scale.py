@@ -7,6 +7,7 @@ stopped. A row takes minutes of one core and up to 10 GB of memory. --rows=TEXT:
 """
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -27,6 +28,7 @@ MARKDOWN = flags.DEFINE_bool("markdown", False, "Print the rows of --table as a 
 ROOT = Path(__file__).parents[1]
 CHIPS = {"v5e:4x4": 16, "v5e:8x8": 64, "v6e:4x4": 16, "v5p:2x2x4": 16}
 MAX_PER_CHIP = 64
+TOO_LARGE = re.compile("^error: .* does not fit: ")  # of launch/compile.py; its other errors say nothing of a row
 # name: (variant of configs/sdxl.py for a LoRA, number of its stage, further settings)
 STAGES = {
     "trajectories": ("", 1, ()),
@@ -75,7 +77,7 @@ def read_rows(path: Path) -> dict[str, dict]:
 
 
 def measure(row: Row, path: Path) -> dict:
-    """Run launch/compile.py for a row and append what it told, or why it did not."""
+    """Run launch/compile.py for a row and append what it told, or that the step does not fit."""
     told = path.with_suffix(".row.json")
     told.unlink(missing_ok=True)
     how = () if WHOLE.value else ("--memory_only",)
@@ -96,7 +98,7 @@ def measure(row: Row, path: Path) -> dict:
         told.unlink()
     else:
         said = result.stderr.strip().splitlines()
-        entry["error"] = next((line for line in reversed(said) if line.startswith("error: ")), "")
+        entry["error"] = next((line for line in reversed(said) if TOO_LARGE.search(line)), "")
         if not entry["error"]:
             sys.exit(f"{result.stderr[-3000:]}\n{row.name} ended with status {result.returncode}")
     with path.open("a") as file:

@@ -146,8 +146,14 @@ LIGHTNING_FULL = (
     (0.88, CONDITIONAL | {RATE: 0.05}),
     (0.94, RELAXED),
 )
-LIGHTNING_EMOJI = {"progressive_adversarial.learning_rate": 1e-4}
+OF_IMAGES = {"states": "data", "pure_noise": True}
 LIGHTNING_SDXL = {"optim.learning_rate": 1e-5, "progressive_adversarial.learning_rate": 1e-6, "batch_size": 512}
+
+
+def _lightning(emoji_steps: int, first, later, emoji: Mapping[str, Any] | None = None) -> Method:
+    emoji = {"progressive_adversarial.learning_rate": 1e-4} | dict(emoji or {})
+    return Method(emoji_steps, 12_000, LIGHTNING | first, later, emoji, LIGHTNING_SDXL)
+
 
 METHODS = {
     "mlcm": Method(962, 14_000),  # as in configs/emoji_full.py and configs/sdxl.py:lora
@@ -249,30 +255,9 @@ METHODS = {
         emoji={"optim.learning_rate": 2e-4, "distribution_matching_gan.learning_rate": 5e-4},
         sdxl={"optim.learning_rate": 5e-7, "distribution_matching_gan.learning_rate": 5e-7, "batch_size": 128},
     ),
-    "lightning": Method(
-        834,
-        12_000,
-        LIGHTNING | {"states": "data", "pure_noise": True},
-        LIGHTNING_LORA,
-        emoji=LIGHTNING_EMOJI,
-        sdxl=LIGHTNING_SDXL,
-    ),
-    "lightning_full": Method(
-        950,
-        12_000,
-        LIGHTNING | {"states": "data", "pure_noise": True, "trainable": "full"},
-        LIGHTNING_FULL,
-        emoji=LIGHTNING_EMOJI | {"optim.learning_rate": 1e-4},
-        sdxl=LIGHTNING_SDXL,
-    ),
-    "lightning_data_free": Method(
-        834,
-        12_000,
-        LIGHTNING | {"states": "streaming"},
-        LIGHTNING_LORA,
-        emoji=LIGHTNING_EMOJI,
-        sdxl=LIGHTNING_SDXL,
-    ),
+    "lightning": _lightning(834, OF_IMAGES, LIGHTNING_LORA),
+    "lightning_full": _lightning(950, OF_IMAGES | {"trainable": "full"}, LIGHTNING_FULL, {"optim.learning_rate": 1e-4}),
+    "lightning_data_free": _lightning(834, {"states": "streaming"}, LIGHTNING_LORA),
 }
 
 

@@ -68,6 +68,8 @@ def topology_devices(topology: str):
     # Off the cloud libtpu has no metadata server to ask.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # Compiling takes no chip, so it may go on beside a training and beside itself; else libtpu is one process's alone.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{GENERATIONS[generation][0]}-{chips}")
     from jax.experimental import topologies
 

@@ -8,11 +8,14 @@ from types import SimpleNamespace
 import pytest
 from absl import flags
 
+from mlcm_jax.training import compile_steps
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import scale
 
 FIGURES = {"arguments_gb": 2.26, "temporaries_gb": 1.5, "used_gb": 3.78, "compile_cpu_seconds": 150}
 FITS_UP_TO = 4  # images a chip
+TOO_LARGE = compile_steps._too_large("stage 1 on v5e:4x4", "20.1 GB", "16 GB")
 
 
 @pytest.fixture
@@ -24,7 +27,7 @@ def compiled(monkeypatch):
         commands.append(command)
         given = dict(word[2:].partition("=")[::2] for word in command if word.startswith("--"))
         if int(given["config.batch_size"]) > FITS_UP_TO * scale.CHIPS[given["topology"]]:
-            return SimpleNamespace(returncode=2, stderr="a warning\nerror: The step of stage 1 does not fit.\n")
+            return SimpleNamespace(returncode=2, stderr=f"a warning\nerror: {TOO_LARGE}\n")
         Path(given["out"]).write_text(json.dumps(FIGURES | {"collectives_gb": {"all-gather": 20.0, "all-reduce": 0.5}}))
         return SimpleNamespace(returncode=0, stderr="")
 
@@ -48,6 +51,16 @@ def test_rows_are_written_once_and_doubled_until_they_do_not_fit(compiled, tmp_p
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == "| v5e:4x4 | full | trajectories | 1 | 2.26 | 1.50 | 3.78 | 20.5 | 2.5 min |"
     assert "does not fit" in lines[-1]
+
+
+def test_an_error_that_says_nothing_of_the_row_ends_the_program(tmp_path, monkeypatch):
+    failed = SimpleNamespace(returncode=2, stderr="error: --topology=v5e:4x4 cannot be compiled for (no libtpu).\n")
+    monkeypatch.setattr(scale.subprocess, "run", lambda *_, **__: failed)
+    flags.FLAGS.mark_as_parsed()
+    monkeypatch.setattr(flags.FLAGS["table"], "value", str(tmp_path / "scale.jsonl"))
+    with pytest.raises(SystemExit, match="no libtpu"):
+        scale.main([])
+    assert not (tmp_path / "scale.jsonl").exists()
 
 
 def test_every_row_is_a_configuration_with_that_stage():

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
-from flax import traverse_util
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -18,30 +17,11 @@ from mlcm_jax.hub.adapter_config import METADATA_KEY
 from mlcm_jax.hub.fetch import SCHEDULER_NAME
 from mlcm_jax.hub.lora import save_lora, with_loras
 from mlcm_jax.hub.lora_reader import load_lora
-from mlcm_jax.hub.pipeline import load_network, load_pipeline, network_shapes
+from mlcm_jax.hub.pipeline import load_pipeline
 from mlcm_jax.models import lora
 from mlcm_jax.types import TextConditioning
 
-RANK, ALPHA = 4, 10.0
-
-
-@pytest.fixture(scope="module")
-def unet(sdxl_folder):
-    return load_network(sdxl_folder / "unet", "UNet2DConditionModel")
-
-
-@pytest.fixture(scope="module")
-def shapes(unet):
-    return network_shapes(unet.module, unet.config)
-
-
-@pytest.fixture(scope="module")
-def tree(shapes):
-    """A scaled LoRA with random factors on all default targets, alpha other than rank."""
-    flat = traverse_util.flatten_dict(lora.init(jax.random.key(0), shapes, RANK))
-    rng = np.random.default_rng(0)
-    flat = {k: jnp.asarray(rng.normal(size=v.shape) * 0.1, jnp.float32) for k, v in flat.items()}
-    return lora.scaled(traverse_util.unflatten_dict(flat), ALPHA, RANK)
+RANK = 4  # of the fixture ``tree``
 
 
 def inputs():
@@ -291,28 +271,3 @@ def test_a_students_folder_brings_its_sampler(sdxl_folder, tree, tmp_path):
     assert with_loras(pipeline, [str(file)]).scheduler_config == pipeline.scheduler_config
     for place in (str(tmp_path), f"{tmp_path}:0.5"):
         assert with_loras(pipeline, [place]).scheduler_config == {"_class_name": "TCDScheduler"}
-
-
-QUERY = "unet.mid_block.attentions.0.transformer_blocks.1.attn1.to_q.lora_A.weight"
-SPOILT = {
-    "layer": (lambda t: t.pop(QUERY), "lacks tensors that belong to its others: unet.*transformer_blocks.1.*to_q.lora"),
-    "other": (lambda t: t.update({"unet.nowhere.lora_A.weight": torch.zeros(4, 4)}), "naming: unet.nowhere"),
-    "encoder": (lambda t: t.update({"text_encoder.x.lora_A.weight": torch.zeros(4, 4)}), "naming: text_encoder.x"),
-    "shape": (lambda t: t.update({"unet.mid_block.resnets.0.conv1.lora_B.weight": torch.zeros(3, 4, 1, 1)}), "shape"),
-    "empty": (lambda t: t.clear(), "it holds no tensors"),
-}
-
-
-@pytest.mark.parametrize("case", SPOILT)
-def test_spoilt_files(tree, shapes, tmp_path, case):
-    change, message = SPOILT[case]
-    tensors = load_file(file := save_lora(tree, tmp_path))
-    change(tensors)
-    save_file(tensors, file)
-    with pytest.raises(UserError, match=message):
-        load_lora(tmp_path, shapes)
-
-
-def test_absent_file(shapes, tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        load_lora(tmp_path, shapes)
