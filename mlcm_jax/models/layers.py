@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mlcm_jax.parallel.sharding import split_batch
+
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -71,7 +73,9 @@ class Conv(nn.Module):
         y = self._conv(x, kernel, self.stride, self.padding)
         if self.has_variable("lora", "down"):
             down, up = (self.get_variable("lora", k) for k in ("down", "up"))
-            y = y + self._conv(self._conv(x, down, self.stride, self.padding), up, 1, 0)
+            # Where as many devices as it has ranks split ``down``, the compiler would gather the batch instead of it.
+            low = split_batch(self._conv(x, down, self.stride, self.padding))
+            y = y + self._conv(low, up, 1, 0)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return y

@@ -16,6 +16,7 @@ from mlcm_jax.distillation import state as train_state
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import network_shapes
 from mlcm_jax.models.clip import CLIPTextModel
+from mlcm_jax.models.layers import Conv
 from mlcm_jax.models.unet import UNet2DConditionModel
 from mlcm_jax.models.vae import AutoencoderKL
 from mlcm_jax.parallel import sharding
@@ -188,6 +189,18 @@ def test_fraction_and_bytes():
     placed = with_shardings(tree, mesh_of(data=2, fsdp=4, tensor=2))
     assert sharding.sharded_fraction(placed) == 0.75
     assert sharding.bytes_per_device(placed) == 128 * 256 * 4 // 8 + 128 * 128 * 2 // 8 + (1 << 14) * 4
+
+
+def test_the_low_rank_activations_of_a_convolution_keep_their_batch_split(devices):
+    """Else a TPU's compiler gathers them on 64 chips: SDXL's LoRA step then takes 7.5 GB a chip (docs/scale.md)."""
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 8, "tensor": 1}, devices)
+    x, kernel = jnp.zeros((8, 4, 4, 6)), jnp.zeros((3, 3, 6, 8))
+    variables = {"params": {"kernel": kernel, "bias": jnp.zeros(8)}}
+    variables["lora"] = {"down": jnp.zeros((3, 3, 6, 4)), "up": jnp.zeros((1, 1, 4, 8))}
+    jaxpr = jax.make_jaxpr(sharding.traced_on(mesh, Conv(8).apply))(variables, x)
+    (held,) = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "sharding_constraint")
+    assert held.outvars[0].aval.shape == (8, 4, 4, 4)
+    assert held.params["sharding"].spec[0] == ("data", "fsdp")
 
 
 def test_placement_and_computation_on_eight_devices(devices):
