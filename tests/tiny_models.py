@@ -54,11 +54,12 @@ ONE_LEVEL_XL = {
     **XL,
     "block_out_channels": (64,),
     "down_block_types": ("CrossAttnDownBlock2D",),
-    "mid_block_type": "UNetMidBlock2D",
     "up_block_types": ("UpBlock2D",),
     "attention_head_dim": (4,),
     "transformer_layers_per_block": (1,),
 }
+# Without attention in the middle, too: for whole runs, whose subject is not the network.
+SMALLEST_XL = ONE_LEVEL_XL | {"mid_block_type": "UNetMidBlock2D"}
 
 
 def tiny_vae():

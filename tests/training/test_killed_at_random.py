@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from forked_programs import start, start_toy_run
 from programs import Programs, saved_steps
-from tiny_models import ONE_LEVEL_XL, save_sdxl
+from tiny_models import SMALLEST_XL, save_sdxl
 
 from mlcm_jax.training.metrics import read_metrics
 
@@ -104,7 +104,7 @@ def test_kills_of_the_loop_change_nothing(tmp_path, kills, num_steps):
 @pytest.mark.slow
 def test_twenty_kills_change_nothing(tmp_path):
     (tmp_path / "teacher").mkdir()
-    programs = Programs(tmp_path, save_sdxl(tmp_path / "teacher", ONE_LEVEL_XL, gain=10.0))
+    programs = Programs(tmp_path, save_sdxl(tmp_path / "teacher", SMALLEST_XL, gain=10.0))
     whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
 
     def begin(workdir):

@@ -11,7 +11,7 @@ import pytest
 from forked_programs import Started
 from multihost_worker import FAILS
 from programs import TIMEOUT, Programs, free_address, losses, saved_steps, signal_after
-from tiny_models import ONE_LEVEL_XL, save_sdxl
+from tiny_models import SMALLEST_XL, save_sdxl
 
 from mlcm_jax.hub.tensor_reader import read_json
 from mlcm_jax.parallel.distributed import EXIT_STATUS
@@ -111,7 +111,7 @@ def programs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("programs")
     teacher = folder / "teacher"
     teacher.mkdir()
-    return Programs(folder, save_sdxl(teacher, ONE_LEVEL_XL, gain=10.0))
+    return Programs(folder, save_sdxl(teacher, SMALLEST_XL, gain=10.0))
 
 
 def alone(programs, workdir, num_steps, devices):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 from programs import PROMPT, Programs, losses, saved_steps, signal_after
-from tiny_models import ONE_LEVEL_XL, save_sdxl
+from tiny_models import SMALLEST_XL, save_sdxl
 
 from mlcm_jax.training.checkpoint import read_trained
 from mlcm_jax.training.metrics import read_metrics
@@ -29,7 +29,7 @@ def programs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("programs")
     teacher = folder / "teacher"
     teacher.mkdir()
-    return Programs(folder, save_sdxl(teacher, ONE_LEVEL_XL, gain=10.0))
+    return Programs(folder, save_sdxl(teacher, SMALLEST_XL, gain=10.0))
 
 
 @pytest.fixture(scope="module")

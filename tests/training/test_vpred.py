@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from programs import PROMPT, Programs
 from small_runs import settings
-from tiny_models import ONE_LEVEL_XL, save_sdxl
+from tiny_models import SMALLEST_XL, save_sdxl
 
 from configs import sdxl
 from mlcm_jax.diffusion.schedule import Schedule
@@ -36,7 +36,7 @@ def test_the_recipe_is_sdxls_but_for_the_schedule():
 def trained(tmp_path_factory):
     """The workdir of a short run; half of its states are at the first timestep."""
     folder = tmp_path_factory.mktemp("vpred")
-    teacher = save_sdxl(folder / "teacher", ONE_LEVEL_XL, gain=10.0)
+    teacher = save_sdxl(folder / "teacher", SMALLEST_XL, gain=10.0)
     (teacher / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     index, scheduler = teacher / "model_index.json", ["diffusers", SCHEDULER["_class_name"]]
     index.write_text(json.dumps(json.loads(index.read_text()) | {"scheduler": scheduler}))
