@@ -1,8 +1,10 @@
 """A teacher with v-prediction and zero terminal SNR, as fine-tunes of SDXL are: trained, exported, drawn."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from programs import PROMPT, Programs
@@ -11,9 +13,11 @@ from tiny_models import SMALLEST_XL, save_sdxl
 
 from configs import sdxl
 from mlcm_jax.diffusion.schedule import Schedule
+from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import load_pipeline
 from mlcm_jax.sampling.text_to_image import TextToImage
 from mlcm_jax.training.export import export
+from mlcm_jax.training.program import build_program
 
 ARCHITECTURES = Path(__file__).parents[2] / "configs" / "architectures"
 SCHEDULER = json.loads((ARCHITECTURES / "sdxl_vpred" / "scheduler" / "scheduler_config.json").read_text())
@@ -44,6 +48,15 @@ def trained(tmp_path_factory):
     settings = {"num_steps": 4, "num_segments": 2, "sample.steps": "1", "sample.teacher_steps": 2}
     programs.run("train", *programs.train_args(workdir, **settings))
     return workdir
+
+
+def test_a_student_that_predicts_the_noise_is_refused_where_there_is_nothing_else(architecture):
+    teacher = dataclasses.replace(architecture, scheduler_config=SCHEDULER)
+    config = settings(
+        student_prediction_type="v_prediction", stages=({"start": 5, "student_prediction_type": "epsilon"},)
+    )
+    with pytest.raises(UserError, match="student_prediction_type='epsilon' cannot tell x0 from pure noise"):
+        build_program(config, teacher, jax.devices()[:1])
 
 
 def test_it_trains_and_its_samples_are_finite(trained):
