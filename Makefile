@@ -15,7 +15,7 @@ BIN := .venv/bin
 STAMP := .venv/.stamp$(EXTRAS:%=-%)
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' setup.py)
 
-.PHONY: train demo test test-all lint .venv
+.PHONY: train demo test pytest test-all lint .venv
 
 .venv: $(STAMP)
 
@@ -46,8 +46,12 @@ lint: .venv/.test-stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-test: lint
+# Beside each other: a core is idle while pyright has one, and now and then while tests wait.
+test: .venv/.test-stamp
+	@$(MAKE) --no-print-directory -j2 lint pytest
+
+pytest: .venv/.test-stamp
 	$(BIN)/python -m pytest $(WORKERS) --durations=10 $(PYTEST_FLAGS)
 
-test-all: lint
-	$(BIN)/python -m pytest $(WORKERS) --durations=10
+test-all:
+	@$(MAKE) --no-print-directory test PYTEST_FLAGS=

@@ -2,6 +2,7 @@
 
 import atexit
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -16,8 +17,9 @@ from asked_devices import wants_gpu
 if not wants_gpu(sys.argv):  # before jax is imported
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"  # for meshes
-# The older emitters of fused loops compile the toy networks' programs in a third less time and whole UNets in a tenth
-# less. XLA ends a process that has a flag which it does not know, so versions that nobody tried go without it.
+# The older emitters of fused loops compile the toy networks' programs in a third less time, whole UNets in a tenth
+# less and a training step in half, for programs that tests start, too. XLA ends a process that has a flag which it does
+# not know, so versions that nobody tried go without it.
 if version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # One cache of compiled programs for this session: its workers and the programs that they start inherit the variables.
@@ -62,6 +64,13 @@ UNET = {
 }
 
 
+def pytest_collection_finish():
+    """What is imported by now stays, and tracing makes little garbage: to look for it took a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
 @pytest.fixture
 def strict_arrays():
     """No silent broadcasting across ranks, no silent promotion between dtypes."""
@@ -88,6 +97,14 @@ def sdxl_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def smallest_folder(tmp_path_factory):
+    """The SDXL whose steps compile soonest, for whole runs; its predictions have the size of the noise."""
+    from tiny_models import SMALLEST_XL, save_sdxl
+
+    return save_sdxl(tmp_path_factory.mktemp("smallest"), SMALLEST_XL, gain=10.0)
+
+
+@pytest.fixture(scope="session")
 def sd15_folder(tmp_path_factory):
     from tiny_models import save_sd15
 
@@ -108,7 +125,7 @@ ROOT = Path(__file__).parents[1]
 def launch(sdxl_folder):
     """launch(program, *args) -> {"status", "stdout", "stderr"} of a process of its own."""
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    env["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"  # the last one counts
     command = [sys.executable, "tests/launch_server.py"]
     server = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert server.stdin and server.stdout

@@ -76,7 +76,8 @@ def _run_toy(workdir: Path, num_steps: int, env: dict[str, str], log: Path) -> N
 
 
 def _set_up(env: dict[str, str], out: Path, err: Path | None = None, devices: int = 1) -> None:
-    os.environ.update(env, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # the last one counts
+    os.environ.update(env, XLA_FLAGS=flags)
     for stream, path in ((1, out), (2, err or out)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, stream)

@@ -10,6 +10,7 @@ from contextlib import closing
 import jax
 import numpy as np
 from etils import epath
+from programs import HEARTBEAT_TIMEOUT
 from toy_denoiser import LATENT_SHAPE, toy_apply, toy_batch, toy_conditioning, toy_params, toy_state
 
 from mlcm_jax.distillation.context import DistillationContext
@@ -82,7 +83,7 @@ def train(workdir: epath.Path, num_steps: int, fsdp: int, devices=None) -> None:
 def main():
     workdir, num_steps, fsdp, *processes = sys.argv[1:]
     address, count, number = processes or (None, None, None)
-    with distributed.joined(address, count and int(count), number and int(number), heartbeat_timeout=15):
+    with distributed.joined(address, count and int(count), number and int(number), heartbeat_timeout=HEARTBEAT_TIMEOUT):
         train(epath.Path(workdir), int(num_steps), int(fsdp))
 
 

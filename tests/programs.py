@@ -13,6 +13,7 @@ from mlcm_jax.training.metrics import read_metrics
 
 PROMPT = "red heart"
 TIMEOUT = 1500  # seconds; of a machine that is busy with other tests
+HEARTBEAT_TIMEOUT = 10  # seconds, which a test of a killed process waits for
 
 
 class Programs:
@@ -37,7 +38,8 @@ class Programs:
 
     def start_together(self, program: str, *args: str, processes: int, devices: int) -> list[Started]:
         """Several processes of one run, with ``devices`` each."""
-        joined = (f"--coordinator_address={free_address()}", f"--num_processes={processes}", "--heartbeat_timeout=15")
+        joined = (f"--coordinator_address={free_address()}", f"--num_processes={processes}")
+        joined += (f"--heartbeat_timeout={HEARTBEAT_TIMEOUT}",)
         return [self.start(program, *args, *joined, f"--process_id={i}", devices=devices) for i in range(processes)]
 
     def train_args(self, workdir: Path, **settings) -> list[str]:

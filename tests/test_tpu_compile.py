@@ -22,16 +22,11 @@ ROOT = Path(__file__).parents[1]
         pytest.param("lora", "flash", ["--memory_only", "--nomemory_only"], marks=pytest.mark.slow),
     ],
 )
-def test_the_step_compiles_for_a_v5e_slice(tmp_path, trainable, attention, ways):
+def test_the_step_compiles_for_a_v5e_slice(smallest_folder, tmp_path, trainable, attention, ways):
     """What is told before code is generated is what the whole compile tells."""
-    from tiny_models import ONE_LEVEL_XL, save_sdxl
-
-    teacher = tmp_path / "teacher"
-    teacher.mkdir()
-    save_sdxl(teacher, ONE_LEVEL_XL)
     (tmp_path / "prompts.txt").write_text("red heart\n")
     settings = {
-        "teacher": teacher,
+        "teacher": smallest_folder,
         "prompts": tmp_path / "prompts.txt",
         "sample.prompts": tmp_path / "prompts.txt",
         "trainable": trainable,

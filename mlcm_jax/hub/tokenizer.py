@@ -1,13 +1,16 @@
 """Tokenizers of a diffusers folder."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import transformers
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER  # of a tokenizer that names no length
 
 from mlcm_jax.errors import UserError, shortened
 from mlcm_jax.json_config import is_size
+
+# Imported by name: pyright would read 2,600 files for the type of this module, longer than all of ours together.
+transformers = import_module("transformers")
 
 # tokenizer class that is read as itself: the files one of which groups it needs; others are transformers' to find
 TOKENIZER_FILES = {

@@ -73,13 +73,13 @@ def test_rows_measure_in_turn_and_a_failure_is_reported(run):
 
 
 def test_what_is_late_is_left_out_and_what_it_had_stays(run):
-    _, found, turns = run("--rows=lora:4,lora:2", "--time_limit=20")
+    _, found, turns = run("--rows=lora:4,lora:2", "--time_limit=12")
     assert list(found["rows"]) == ["lora:4"] and "out of time" in found["problems"]["lora:4"]
     assert turns[0] == "lora:4 ['torch']"
 
 
 def test_what_gets_ready_in_time_is_measured_all_the_same(run):
-    _, found, turns = run("--rows=full:8,lora:2", "--time_limit=15")
+    _, found, turns = run("--rows=full:8,lora:2", "--time_limit=9")
     assert list(found["rows"]) == ["lora:2"] and turns == ["lora:2 ['torch']"]
     assert found["problems"] == {"full:8": "full:8: out of time before it was ready"}
 

@@ -25,7 +25,7 @@ from mlcm_jax.sampling.sample import latent_distance
 EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
 pytestmark = pytest.mark.usefixtures("quick_programs")
 N = 48
-NUM_EXPLOITED = 24
+NUM_EXPLOITED = 16
 
 
 @pytest.fixture(scope="module")

@@ -174,9 +174,7 @@ def test_figures_of_samples(tmp_path: Path, monkeypatch):
     assert Image.open(tmp_path / "grid.png").width == 8 * 66 - 2
 
 
-def command(*arguments: str) -> list[str]:
-    settings = ("--batch_size=4", "--steps_per_call=1", "--dtype=float32", "--num_images=8")
-    return [sys.executable, str(EXAMPLE / "train_unet.py"), *settings, *arguments]
+SETTINGS = ("--batch_size=4", "--steps_per_call=1", "--dtype=float32", "--num_images=8")
 
 
 @pytest.mark.slow  # compiles the whole UNet's training and sampling: two minutes on one core
@@ -188,8 +186,8 @@ def test_trains_from_a_packed_file(tmp_path: Path):
     run = f"import runpy, sys; sys.modules.update(dict.fromkeys({missing})); "
     run += f"sys.argv = sys.argv[1:]; sys.path.insert(0, {str(EXAMPLE)!r}); "
     run += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    python, *rest = command(packed, "--minutes=0.02", f"--out={out}")
-    done = subprocess.run([python, "-c", run, *rest], capture_output=True, text=True)
+    command = [sys.executable, "-c", run, str(EXAMPLE / "train_unet.py"), *SETTINGS]
+    done = subprocess.run([*command, packed, "--minutes=0.02", f"--out={out}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
     weights = out / "unet" / "diffusion_pytorch_model.safetensors"
@@ -206,10 +204,13 @@ def test_trains_from_a_packed_file(tmp_path: Path):
     assert np.asarray(Image.open(out / "grid.png")).std() > 0
 
 
-def test_mistakes_are_reported(tmp_path: Path):
-    both = subprocess.run(command(f"--out={tmp_path}"), capture_output=True, text=True)
-    assert both.returncode == 2 and "either --data_dir" in both.stderr
+def test_mistakes_are_reported(launch, tmp_path: Path):
+    def refused(*args: str) -> str:
+        result = launch("../examples/emoji/train_unet", *SETTINGS, *args)
+        assert result["status"] == 2
+        return result["stderr"]
+
+    assert "either --data_dir" in refused(f"--out={tmp_path}")
     save_packed(Packed(**{**vars(made_up()), "vae": "another"}), tmp_path / "packed.safetensors")
-    other = command(f"--packed={tmp_path / 'packed.safetensors'}", f"--out={tmp_path / 'out'}")
-    done = subprocess.run(other, capture_output=True, text=True)
-    assert done.returncode == 2 and "another autoencoder" in done.stderr
+    other = refused(f"--packed={tmp_path / 'packed.safetensors'}", f"--out={tmp_path / 'out'}")
+    assert "another autoencoder" in other

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from forked_programs import start, start_toy_run
 from programs import Programs, saved_steps
-from tiny_models import SMALLEST_XL, save_sdxl
 
 from mlcm_jax.training.metrics import read_metrics
 
@@ -70,7 +69,7 @@ def killed_often(begin, workdir, log, kills=KILLS, **moments) -> None:
         print(f"kill {len(at)}: step {at[-1]}, newest checkpoint {newest(workdir)}", flush=True)
     finish(begin(workdir), log)
     assert "skipped" not in log.read_text(), "a kill leaves whole checkpoints"
-    assert len(set(at)) > kills // 2, "the kills fell on many steps"
+    assert len(set(at)) > (kills - 1) // 2, "the kills fell on many steps"
 
 
 def finish(process, log) -> None:
@@ -102,9 +101,8 @@ def test_kills_of_the_loop_change_nothing(tmp_path, kills, num_steps):
 
 
 @pytest.mark.slow
-def test_twenty_kills_change_nothing(tmp_path):
-    (tmp_path / "teacher").mkdir()
-    programs = Programs(tmp_path, save_sdxl(tmp_path / "teacher", SMALLEST_XL, gain=10.0))
+def test_twenty_kills_change_nothing(smallest_folder, tmp_path):
+    programs = Programs(tmp_path, smallest_folder)
     whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
 
     def begin(workdir):

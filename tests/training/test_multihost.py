@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from forked_programs import Started
 from multihost_worker import FAILS
-from programs import TIMEOUT, Programs, free_address, losses, saved_steps, signal_after
-from tiny_models import SMALLEST_XL, save_sdxl
+from programs import HEARTBEAT_TIMEOUT, TIMEOUT, Programs, free_address, losses, saved_steps, signal_after
 
 from mlcm_jax.hub.tensor_reader import read_json
 from mlcm_jax.parallel.distributed import EXIT_STATUS
@@ -52,7 +51,8 @@ def kill_stop_and_go_on(start, workdir):
     signal_after(first, workdir / "metrics.jsonl", 2, signal.SIGKILL, to=second)
     (status, out, err), _ = ended([first, second])
     assert status == EXIT_STATUS and "Traceback" not in err
-    assert re.search(LOST.format("Process 1 has been silent for 15 s"), err, re.MULTILINE), err[-1000:]
+    silent = LOST.format(f"Process 1 has been silent for {HEARTBEAT_TIMEOUT} s")
+    assert re.search(silent, err, re.MULTILINE), err[-1000:]
     assert re.match(r" processes  2: coordinator localhost:\d+; this is number 0\n", out)
     whole, killed_at = saved_steps(workdir)[-1], losses(workdir)[-1][0]
 
@@ -107,11 +107,8 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("programs")
-    teacher = folder / "teacher"
-    teacher.mkdir()
-    return Programs(folder, save_sdxl(teacher, SMALLEST_XL, gain=10.0))
+def programs(smallest_folder, tmp_path_factory):
+    return Programs(tmp_path_factory.mktemp("programs"), smallest_folder)
 
 
 def alone(programs, workdir, num_steps, devices):

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 from programs import PROMPT, Programs, losses, saved_steps, signal_after
-from tiny_models import SMALLEST_XL, save_sdxl
 
 from mlcm_jax.training.checkpoint import read_trained
 from mlcm_jax.training.metrics import read_metrics
@@ -25,11 +24,8 @@ STEPS += [pytest.param(n, marks=pytest.mark.slow) for n in (5, 6, 7, 8)]
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("programs")
-    teacher = folder / "teacher"
-    teacher.mkdir()
-    return Programs(folder, save_sdxl(teacher, SMALLEST_XL, gain=10.0))
+def programs(smallest_folder, tmp_path_factory):
+    return Programs(tmp_path_factory.mktemp("programs"), smallest_folder)
 
 
 @pytest.fixture(scope="module")
