@@ -1,6 +1,7 @@
 """What a compiled step needs of a device, read from XLA's own text: memory, and bytes that the devices exchange."""
 
 import functools
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -58,7 +59,7 @@ def collective_bytes(hlo: str, traced_trips: float = 1.0) -> dict[str, float]:
     """Bytes that one execution moves through each kind of collective on a device, from the text of a compiled module.
 
     An operation counts with the whole array: what a gather returns, what a reduction takes. One in a loop counts as
-    often as the loop turns (from 0 in steps of 1, as XLA's and jax's own do; all branches of a conditional count).
+    often as the loop turns (from 0, as XLA's and jax's own do; all branches of a conditional count).
     traced_trips: turns of a loop whose number is not in the program.
     """
     computations = dict(_computations(hlo))
@@ -121,10 +122,28 @@ def _trips(loop: Instruction, computations: dict[str, list[Instruction]], traced
     """Turns of a loop: what XLA says, or else the one number that its condition compares with."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
         return float(known[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
-    body = computations[condition[1]] if condition else []
-    bounds = [i.rest.split(")")[0] for i in body if i.opcode == "constant" and _SCALAR.match(i.type)]
-    return float(bounds[0]) if len(bounds) == 1 else traced_trips
+    condition, body = (
+        computations[found[1]] if (found := re.search(rf"{part}=%?([\w.\-]+)", loop.rest)) else []
+        for part in ("condition", "body")
+    )
+    bounds = [_number(i) for i in condition if i.opcode == "constant" and _SCALAR.match(i.type)]
+    return math.ceil(bounds[0] / _stride(condition, body)) if len(bounds) == 1 else traced_trips
+
+
+def _stride(condition: list[Instruction], body: list[Instruction]) -> float:
+    """What a turn adds to the counter that the condition compares: 2 where the TPU compiler has unrolled by two."""
+    counter = next((i for i in condition if i.opcode == "get-tuple-element" and _SCALAR.match(i.type)), None)
+    if counter is None or not body or body[-1].opcode != "tuple":
+        return 1.0
+    by_name = {i.name: i for i in body}
+    index = re.search(r"index=(\d+)", counter.rest)
+    result = by_name[_operands(body[-1].rest)[int(index[1]) if index else 0]]
+    added = [_number(by_name[o]) for o in _operands(result.rest) if by_name[o].opcode == "constant"]
+    return added[0] if result.opcode == "add" and added else 1.0
+
+
+def _number(constant: Instruction) -> float:
+    return float(constant.rest.split(")")[0])
 
 
 def _operands(rest: str) -> list[str]:

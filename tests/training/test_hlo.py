@@ -116,7 +116,10 @@ TPU_HLO = """
   %start.4 = (bf16[4,32]{1,0}, bf16[4,32]{1,0}, u32[]{:S(2)}) collective-permute-start(%a.4), channel_id=9
   %done.4 = bf16[4,32]{1,0:T(4,128)(2,1)} collective-permute-done(%start.4)
   %fusion.4 = bf16[80,128]{1,0} fusion(%a.4), kind=kCustom, calls=%async_collective_fusion.2
-  ROOT %tuple.4 = (bf16[4,32]{1,0}, u32[]{:T(128)}) tuple(%done.4, %param.4)
+  %i.4 = u32[]{:T(128)} get-tuple-element(%param.4), index=1
+  %one.4 = u32[]{:T(128)} constant(1)
+  %next.4 = u32[]{:T(128)} add(%i.4, %one.4)
+  ROOT %tuple.4 = (bf16[4,32]{1,0}, u32[]{:T(128)}) tuple(%done.4, %next.4)
 }
 
 %cond.4 (param.5: (bf16[4,32], u32[])) -> pred[] {
@@ -136,10 +139,13 @@ ENTRY %main.1_spmd (param.6: bf16[40,128], param.7: f32[64,128]) -> f32[32,128] 
 """
 
 
-def test_collectives_of_a_tpu():
-    assert collective_bytes(TPU_HLO) == {
+@pytest.mark.parametrize(("stride", "turns"), [(1, 16), (2, 8), (3, 6)])
+def test_collectives_of_a_tpu(stride, turns):
+    """The counter of a loop that the compiler has unrolled goes up by more than one."""
+    hlo = TPU_HLO.replace("%one.4 = u32[]{:T(128)} constant(1)", f"%one.4 = u32[]{{:T(128)}} constant({stride})")
+    assert collective_bytes(hlo) == {
         "all-gather": 80 * 128 * 2,
-        "collective-permute": 16 * 4 * 32 * 2,
+        "collective-permute": turns * 4 * 32 * 2,
         "reduce-scatter": 64 * 128 * 4,
     }
 
