@@ -25,6 +25,7 @@ AXES: dict[str, Literal["log", "tight"]] = {  # of the figure's panels
 }
 GRID_STEPS, GRID_IMAGES = (4, 1), 12
 DOCS, MARKER = "docs/methods.md", "equal work"
+COMPARED_WITH = "mlcm"
 
 
 def write_report(
@@ -42,6 +43,7 @@ def write_report(
     about = out / TEACHER_NAME / "about.json"
     results = (read_json(about) if about.is_file() else {}) | {"settings": read_json(out / "settings.json")}
     results |= {"methods": plans, "failed": dict(failed), "unfinished": list(unfinished), "rows": rows}
+    results |= {f"over_{COMPARED_WITH}": ratios(runs)}
     write_json(results, out / "results.json")
     text = markdown(results, list(runs), benchmark.steps)
     with atomic_write(out / "methods.md") as f:
@@ -84,8 +86,40 @@ def _json(figure: Figure, runs: Mapping[str, Measured], num_steps: int, key: str
     return {"value": figure.value, "interval": list(figure.interval), "by_seed": by_seed}
 
 
+def ratios(runs: Mapping[str, Mapping[str, Measured]]) -> dict[str, dict[str, Any]]:
+    """The Frechet distance of each sampler over MLCM's at as many steps, by sampler and number of steps.
+
+    Paired: captions, noise and seeds are the same, and resampled alike. Its interval is therefore narrower than those
+    of the two distances.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    theirs = runs.get(COMPARED_WITH, {})
+    for name, measured in runs.items():
+        for n in {n for run in measured.values() for n in run} if name != COMPARED_WITH else ():
+            seeds = [seed for seed in measured if all(n in of.get(seed, {}) for of in (measured, theirs))]
+            if seeds and all(FRECHET.key in of[seed][n] for of in (measured, theirs) for seed in seeds):
+                mine, base = (over_seeds({s: of[s] for s in seeds}, int(n), FRECHET.key) for of in (measured, theirs))
+                ratio = mine.over(base)
+                found.setdefault(name, {})[n] = {"value": ratio.value, "interval": list(ratio.interval)}
+    return found
+
+
+def ratio_table(ratios: Mapping[str, Mapping[str, Any]], steps: Sequence[int]) -> str:
+    """Rows are samplers, columns numbers of steps."""
+    ordered = sorted(steps, reverse=True)
+    heads = " | ".join(f"{n} step{'s' * (n > 1)}" for n in ordered)
+    lines = [f"| Frechet distance over {COMPARED_WITH}'s | {heads} |", "|---" * (1 + len(ordered)) + "|"]
+    for name, by_steps in ratios.items():
+        cells = []
+        for n in ordered:
+            ratio = by_steps.get(str(n))
+            cells.append("{:.2f} ({:.2f} to {:.2f})".format(ratio["value"], *ratio["interval"]) if ratio else "-")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def markdown(results: Mapping[str, Any], names: Sequence[str], steps: Sequence[int]) -> str:
-    """The work of each method, then the figures, the methods at equal numbers of steps below one another."""
+    """The work of each method, the figures, the methods at equal numbers of steps below one another, and ratios."""
     rows = results["rows"]
     ordered = [row for n in (REFERENCE_STEPS, *sorted(steps, reverse=True)) for row in rows if row["steps"] == n]
     lines = ["| method | training steps | examples a step | TFLOP | seeds |", "|---|---|---|---|---|"]
@@ -94,6 +128,8 @@ def markdown(results: Mapping[str, Any], names: Sequence[str], steps: Sequence[i
         starts = "".join(f", stage from {start}" for start in plan["starts"][1:])
         lines.append(f"| {name} | {plan['num_steps']}{starts} | {plan['batch_size']} | {plan['tflop']:.4g} | {seeds} |")
     parts = ["\n".join(lines), table([(row["sampler"], row) for row in ordered], COLUMNS)]
+    paired = results[f"over_{COMPARED_WITH}"]
+    parts += [ratio_table(paired, steps)] if paired else []
     parts += [f"- Failed: {name}: {reason}" for name, reason in results["failed"].items()]
     parts += [f"- Not finished: {', '.join(results['unfinished'])}."] if results["unfinished"] else []
     parts += [provenance(results)] if "hardware" in results else []

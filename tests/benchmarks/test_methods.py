@@ -57,6 +57,10 @@ def test_all_methods_and_seeds_are_measured_once(methods):
     figure = row["figures"]["latent_mse"]
     assert figure["value"] == pytest.approx(np.mean(list(figure["by_seed"].values())))
     assert figure["interval"][0] < figure["value"] < figure["interval"][1]
+    # The stand-in's figure is 1 + the length of the name + 8 / steps, and one draw for all samplers.
+    ratio = results["over_mlcm"]["lcm"]["4"]
+    assert ratio["value"] == pytest.approx((1 + len("lcm_0 100") + 2) / (1 + len("mlcm_0 48") + 2))
+    assert ratio["interval"] == pytest.approx([ratio["value"]] * 2) and "mlcm" not in results["over_mlcm"]
     table = (methods.out / "methods.md").read_text()
     assert table in first["stdout"] and "| lcm | 4 | " in table and "| mlcm | 48, stage from 15" in table
     for name in ("methods.png", "methods_grid_4.png", "methods_grid_1.png"):
