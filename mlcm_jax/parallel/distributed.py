@@ -25,6 +25,7 @@ HEARTBEAT_TIMEOUT = 40.0  # seconds
 BEATS_IN_TIMEOUT = 10
 MEET_TIMEOUT_MS = 3_600_000  # one that is gone is noticed sooner
 EXIT_STATUS = 3  # of a process that ends because another one has
+GOODBYE = 1.0  # seconds that process 0 leaves the others to be gone at the end
 
 BEATS, ENDED = "mlcm_jax/beats/", "mlcm_jax/ended/"  # folders in the coordination service
 # What a collective says when another process is gone: gloo, NCCL, the TPU runtime, gRPC.
@@ -155,6 +156,8 @@ class Watch:
         """Wait until all processes are here, and leave."""
         meet("finish")
         self._done.set()
+        if self._number == 0:  # its service ends with it, and aborts a process that has not left yet
+            time.sleep(GOODBYE)
         if self._number or status:
             # At an ordinary exit jax says goodbye to its service, and aborts where process 0 has gone with it.
             _exit(status)
