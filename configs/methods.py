@@ -156,7 +156,7 @@ def _lightning(emoji_steps: int, first, later, emoji: Mapping[str, Any] | None =
 
 
 METHODS = {
-    "mlcm": Method(962, 14_000),  # as in configs/emoji_full.py and configs/sdxl.py:lora
+    "mlcm": Method(1168, 14_000),  # as in configs/emoji_full.py and configs/sdxl.py:lora
     "lcm": Method(
         1627,
         12_000,

@@ -126,7 +126,7 @@ TRAIN = {
     ),
     "a wrong variant of stages": (
         ["--config=configs/emoji_full.py:first"],
-        ["'first'", "all, gpu, reward, matching"],
+        ["'first'", "trajectories, gpu, across"],
     ),
 }
 

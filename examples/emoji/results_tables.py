@@ -110,7 +110,7 @@ def lcm_table(out: Path, full: Mapping[str, Any]) -> str:
     rows = [("student", row) for row in rows_of(full, "model", STUDENT_STEPS)]
     measured = read_json(out / "lcm_eval" / "results.json")
     rows += [("LCM", row) for row in rows_of(measured, "model", STUDENT_STEPS)]
-    return table(rows, [FRECHET, *INDEPENDENT[2:], *TEXT[:3]])
+    return f"{table(rows, [FRECHET, *INDEPENDENT[2:], *TEXT[:3]])}\n\n{provenance(measured)}"
 
 
 def blocks(out: Path) -> Iterator[tuple[str, str, str]]:
