@@ -24,6 +24,7 @@ from comparison import (
     distil_once,
     keep_settings,
     over_seeds,
+    paired_ratio,
     protocol,
     read_measured,
     read_seeds,
@@ -130,9 +131,9 @@ def _ratios(rows: Mapping[str, Any]) -> str:
     paired, other = _paired(rows), rows[COMPARED_WITH]["runs"]
 
     def cell(key: str, n: int) -> str:
-        runs = paired[key]["runs"]
-        mine, others = (over_seeds(r, n, "latent_mse") for r in (runs, {s: other[s] for s in runs}))
-        return _text(mine.over(others), 2)
+        ratio = paired_ratio(paired[key]["runs"], other, n, "latent_mse")
+        assert ratio  # ``_paired`` has seen to it
+        return _text(ratio, 2)
 
     return table(f"Latent distance over that of {COMPARED_WITH}, paired", paired, cell)
 

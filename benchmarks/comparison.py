@@ -157,6 +157,21 @@ def over_seeds(runs: Mapping[str, Measured], num_steps: int, metric: str) -> Fig
     return Figure(float(np.mean([figure["value"] for figure in figures])), resampled)
 
 
+def paired_ratio(
+    runs: Mapping[str, Measured], others: Mapping[str, Measured], num_steps: int, metric: str
+) -> Figure | None:
+    """The figure over that of ``others``, by the seeds that both have; None where there is none.
+
+    Paired: captions, noise and seeds are the same, and resampled alike. Its interval is therefore narrower than those
+    of the two figures.
+    """
+    both = [s for s in runs if all(metric in of.get(s, {}).get(str(num_steps), {}) for of in (runs, others))]
+    if not both:
+        return None
+    mine, theirs = (over_seeds({seed: of[seed] for seed in both}, num_steps, metric) for of in (runs, others))
+    return mine.over(theirs)
+
+
 def read_seeds(given: Sequence[str]) -> list[int]:
     """The numbers of --seeds; raises UserError for anything else."""
     if not given or not all(seed.isdigit() for seed in given):

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from comparison import REFERENCE_STEPS, Measured, over_seeds, read_measured
+from comparison import REFERENCE_STEPS, Measured, over_seeds, paired_ratio, read_measured
 from methods_tasks import TEACHER_NAME, Benchmark, image_file, plan_file, run_folder
 
-from examples.emoji.results_tables import FRECHET, TEXT, provenance, replace_block, table
+from examples.emoji.results_tables import FRECHET, RATIO, TEXT, cell, provenance, replace_block, table
 from mlcm_jax.evaluation.statistics.bootstrap import Figure
 from mlcm_jax.hub.load import read_json
 from mlcm_jax.hub.save import write_json
@@ -43,7 +43,7 @@ def write_report(
     about = out / TEACHER_NAME / "about.json"
     results = (read_json(about) if about.is_file() else {}) | {"settings": read_json(out / "settings.json")}
     results |= {"methods": plans, "failed": dict(failed), "unfinished": list(unfinished), "rows": rows}
-    results |= {f"over_{COMPARED_WITH}": ratios(runs)}
+    results |= {f"over_{COMPARED_WITH}": ratios(runs, benchmark.steps)}
     write_json(results, out / "results.json")
     text = markdown(results, list(runs), benchmark.steps)
     with atomic_write(out / "methods.md") as f:
@@ -86,21 +86,14 @@ def _json(figure: Figure, runs: Mapping[str, Measured], num_steps: int, key: str
     return {"value": figure.value, "interval": list(figure.interval), "by_seed": by_seed}
 
 
-def ratios(runs: Mapping[str, Mapping[str, Measured]]) -> dict[str, dict[str, Any]]:
-    """The Frechet distance of each sampler over MLCM's at as many steps, by sampler and number of steps.
-
-    Paired: captions, noise and seeds are the same, and resampled alike. Its interval is therefore narrower than those
-    of the two distances.
-    """
+def ratios(runs: Mapping[str, Mapping[str, Measured]], steps: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """The Frechet distance of each sampler over MLCM's at as many steps, paired, by sampler and number of steps."""
     found: dict[str, dict[str, Any]] = {}
     theirs = runs.get(COMPARED_WITH, {})
     for name, measured in runs.items():
-        for n in {n for run in measured.values() for n in run} if name != COMPARED_WITH else ():
-            seeds = [seed for seed in measured if all(n in of.get(seed, {}) for of in (measured, theirs))]
-            if seeds and all(FRECHET.key in of[seed][n] for of in (measured, theirs) for seed in seeds):
-                mine, base = (over_seeds({s: of[s] for s in seeds}, int(n), FRECHET.key) for of in (measured, theirs))
-                ratio = mine.over(base)
-                found.setdefault(name, {})[n] = {"value": ratio.value, "interval": list(ratio.interval)}
+        for n in steps if name != COMPARED_WITH else ():
+            if ratio := paired_ratio(measured, theirs, n, FRECHET.key):
+                found.setdefault(name, {})[str(n)] = {"value": ratio.value, "interval": list(ratio.interval)}
     return found
 
 
@@ -110,11 +103,9 @@ def ratio_table(ratios: Mapping[str, Mapping[str, Any]], steps: Sequence[int]) -
     heads = " | ".join(f"{n} step{'s' * (n > 1)}" for n in ordered)
     lines = [f"| Frechet distance over {COMPARED_WITH}'s | {heads} |", "|---" * (1 + len(ordered)) + "|"]
     for name, by_steps in ratios.items():
-        cells = []
-        for n in ordered:
-            ratio = by_steps.get(str(n))
-            cells.append("{:.2f} ({:.2f} to {:.2f})".format(ratio["value"], *ratio["interval"]) if ratio else "-")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        found = ({RATIO.key: by_steps[str(n)]} if str(n) in by_steps else {} for n in ordered)
+        cells = " | ".join(cell({"relative_to_reference": ratio}, RATIO) for ratio in found)
+        lines.append(f"| {name} | {cells} |")
     return "\n".join(lines)
 
 

@@ -32,10 +32,9 @@ ACROSS = {
     "optim.learning_rate": 6e-4,
 }
 # The recipe of one GPU: 128 captions a step. Rates are constant; the moving average takes the place of their fall.
-TWO_SEGMENTS = {"num_segments": 2, "solver_steps": 8}
 GPU_STAGES = (
-    {"start": 1000, **TWO_SEGMENTS, "optim.learning_rate": 8e-4},
-    {"start": 3000, **TWO_SEGMENTS, "optim.learning_rate": 2e-4},
+    {"start": 1000, "num_segments": 2, "solver_steps": 8, "optim.learning_rate": 8e-4},
+    {"start": 3000, "optim.learning_rate": 2e-4},
 )
 VARIANTS = {  # a further stage; None: none
     "trajectories": None,

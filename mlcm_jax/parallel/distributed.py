@@ -156,8 +156,7 @@ class Watch:
         """Wait until all processes are here, and leave."""
         meet("finish")
         self._done.set()
-        if self._number == 0:  # its service ends with it, and aborts a process that has not left yet
-            time.sleep(GOODBYE)
+        self._linger(GOODBYE)  # a process that has not left when the service ends is aborted
         if self._number or status:
             # At an ordinary exit jax says goodbye to its service, and aborts where process 0 has gone with it.
             _exit(status)
@@ -174,7 +173,7 @@ class Watch:
         else:
             traceback.print_exception(error)
         self._tell(self._number, f"ended with {type(error).__name__} ({' '.join(str(error).split())[:200]})")
-        self._linger()
+        self._linger(2 * self._interval)
         _exit(2 if isinstance(error, UserError) else 1)
 
     def _talk(self) -> None:
@@ -220,13 +219,13 @@ class Watch:
                     "in all processes again to go on from the last checkpoint.",
                     file=sys.stderr,
                 )
-                self._linger()
+                self._linger(2 * self._interval)
                 _exit(EXIT_STATUS)
 
-    def _linger(self) -> None:
-        """The service ends with process 0: leave the others time to ask it."""
+    def _linger(self, seconds: float) -> None:
+        """The service ends with process 0: leave the others time to ask it, or to be gone."""
         if self._number == 0:
-            time.sleep(2 * self._interval)
+            time.sleep(seconds)
 
 
 def _exit(status: int) -> NoReturn:

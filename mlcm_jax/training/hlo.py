@@ -122,10 +122,8 @@ def _trips(loop: Instruction, computations: dict[str, list[Instruction]], traced
     """Turns of a loop: what XLA says, or else the one number that its condition compares with."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
         return float(known[1])
-    condition, body = (
-        computations[found[1]] if (found := re.search(rf"{part}=%?([\w.\-]+)", loop.rest)) else []
-        for part in ("condition", "body")
-    )
+    called = dict(re.findall(r"(condition|body)=%?([\w.\-]+)", loop.rest))
+    condition, body = computations[called["condition"]], computations[called["body"]]
     bounds = [_number(i) for i in condition if i.opcode == "constant" and _SCALAR.match(i.type)]
     return math.ceil(bounds[0] / _stride(condition, body)) if len(bounds) == 1 else traced_trips
 
