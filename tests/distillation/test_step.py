@@ -207,7 +207,7 @@ def test_full_training_is_the_same_on_every_mesh(architecture, runs):
     results = {}
     for devices, config.microbatches in (ALONE, *runs):
         results[devices, config.microbatches] = run_steps(
-            architecture, config.copy_and_resolve_references(), devices, 2
+            architecture, config.copy_and_resolve_references(), devices, 3
         )
     _, losses, start, state = results[ALONE]
     expected = jax.device_get(state.params)
