@@ -1,5 +1,7 @@
 """DMD2 (arXiv 2405.14867): states that the student makes itself, its gradient, its critic and the discriminator."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from toy_denoiser import LATENT_SHAPE, toy_apply, toy_batch, toy_conditioning, t
 
 from mlcm_jax import rng
 from mlcm_jax.distillation.context import DistillationContext
-from mlcm_jax.distillation.losses.base import critic_optimizer
+from mlcm_jax.distillation.losses.base import critic_optimizer, train_critic
 from mlcm_jax.distillation.losses.distribution_matching_gan import logistic_loss
 from mlcm_jax.distillation.state import Critic, Frozen, create
 from mlcm_jax.distillation.step import make_train_step
@@ -79,6 +81,19 @@ def test_the_step_is_dmd2s(num_steps):
     assert [int(count) for count in counts] == [5], "five updates of the fake score to one of the student"
 
 
+@pytest.mark.parametrize(("platform", "loops"), [("cpu", 0), ("cuda", 1), ("tpu", 1)])
+def test_updates_of_a_critic_are_unrolled_for_the_cpu_alone(platform, loops):
+    config, critic = dmd2(), Critic(FAKE, critic_optimizer(dmd2(), NAME).init(FAKE))
+
+    def loss(params, rows, key):
+        return optax.tree.norm(params), ({}, ())
+
+    update = jax.jit(partial(train_critic, loss, config=config, name=NAME))
+    key = jax.random.key(0, impl="unsafe_rbg")  # the usual one has loops of its own on the CPU
+    text = update.trace(critic, (), key).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.while") == loops
+
+
 def test_a_student_with_the_teachers_distribution_does_not_move():
     """With a perfect fake score, that is the teacher's without guidance, there is no gradient."""
     config, optimizer = dmd2(), optax.sgd(1.0)
@@ -101,7 +116,7 @@ def test_the_discriminator_learns_on_the_fake_scores_bottleneck(architecture):
     name = "distribution_matching_gan"
     config = dmd2(name, "simulation_data", trainable="lora", batch_size=4)
     config.lora.update({"rank": 4, "alpha": 8.0, "targets": (r"/conv[12]$",)})
-    config[name].updates = 1  # several are in a loop, where the CPU's gradients of convolutions are slow
+    config[name].updates = 1  # five make a longer program; test_the_step_is_dmd2s has them
     program = build_program(config, architecture, jax.devices()[:1])
     frozen = Frozen(random_like(program.frozen.teacher, 0, 0.1), random_like(program.frozen.unconditional, 1, 1.0))
     (stage,) = program.stages

@@ -128,14 +128,15 @@ def train_critic(
     """``updates`` updates of a critic on the student's latents, each with other noise; returns its last loss."""
     optimizer = critic_optimizer(config, name)
 
-    def update(i, carry):
-        critic, _ = carry
+    def update(critic, i):
         again = jax.random.fold_in(key, i)
         (loss, _), grads = value_and_grad(loss_fn, critic.params, examples, again, config.microbatches)
         updates, opt_state = optimizer.update(grads, critic.opt_state, critic.params)
         return Critic(cast(Params, optax.apply_updates(critic.params, updates)), opt_state), loss
 
-    start = (critic, jnp.float32(0))
-    if config[name].updates == 1:  # on the CPU, gradients of convolutions are slow in a loop (jax issue 12868)
-        return update(0, start)
-    return jax.lax.fori_loop(0, config[name].updates, update, start)
+    def all_updates(unroll: bool):
+        return lambda critic: jax.lax.scan(update, critic, jnp.arange(config[name].updates), unroll=unroll)
+
+    # XLA's CPU compiler has fast gradients of convolutions outside loops only (jax issue 12868).
+    critic, losses = jax.lax.platform_dependent(critic, cpu=all_updates(unroll=True), default=all_updates(unroll=False))
+    return critic, losses[-1]
