@@ -156,7 +156,7 @@ def _lightning(emoji_steps: int, first, later, emoji: Mapping[str, Any] | None =
 
 
 METHODS = {
-    "mlcm": Method(1168, 14_000),  # as in configs/emoji_full.py and configs/sdxl.py:lora
+    "mlcm": Method(1168, 14_000),  # as in configs/emoji_full.py:two_segments and configs/sdxl.py:lora
     "lcm": Method(
         1627,
         12_000,
@@ -287,7 +287,7 @@ def reads_latents(config: ConfigDict) -> bool:
 def get_config(name: str = "mlcm") -> ConfigDict:
     if name not in METHODS:
         raise UserError(f"{name!r} is no method of configs/methods.py: use one of {', '.join(METHODS)}.")
-    method, config = METHODS[name], emoji_full_config()
+    method, config = METHODS[name], emoji_full_config("two_segments")
     if name == "mlcm":
         scale = method.emoji_steps / config.num_steps
         config.stages = tuple({**change, "start": round(scale * change["start"])} for change in config.stages)

@@ -108,23 +108,25 @@ def default_parts(out: Path) -> list[Part]:
 
 
 def full_parts(out: Path) -> list[Part]:
-    """The full recipe, stopped and measured at the end of each stage; its last export is the shipped student."""
+    """The paper's stages on trajectories, one after the other; the shipped student is that of the first one."""
     workdir, parts = out / "full", []
-    for number, stage in enumerate(read_stages(get_config()), 1):
-        student = out / "stages" / str(number)
-        to_end = train("configs/emoji_full.py", workdir, f"--config.num_steps={stage.end}")
-        export = ["launch/export.py", f"--workdir={workdir}", "--format=diffusers", f"--out={student}"]
+    for number, stage in enumerate(read_stages(get_config("two_segments")), 1):
+        student, lora = out / "stages" / str(number), out / "loras" / str(number)
+        to_end = train("configs/emoji_full.py:two_segments", workdir, f"--config.num_steps={stage.end}")
+        exports = [
+            ["launch/export.py", f"--workdir={workdir}", f"--format={form}", f"--out={folder}"]
+            for form, folder in (("diffusers", student), ("lora", lora))
+        ]
         folder = out / "stage_evals" / str(number)
         measured = evaluate(out, folder, student, "--steps=1,2,4,8", "--diversity_prompts=0")
         parts += [
-            Part(f"stage_{number}", [student], [to_end, export]),
+            Part(f"stage_{number}", [student, lora], [to_end, *exports]),
             Part(f"stage_{number}_evaluation", [folder / "results.json"], [measured]),
         ]
-    lora = ["launch/export.py", f"--workdir={workdir}", "--format=lora", f"--out={out / 'student'}"]
-    measured = evaluate(out, out / "full_eval", workdir / "export", *against_teacher(GUIDANCE_SCALE))
+    measured = evaluate(out, out / "full_eval", out / "stages/1", *against_teacher(GUIDANCE_SCALE))
     return [
         *parts,
-        Part("student", [out / "student"], [lora, lambda: ship(out / "student")]),
+        Part("student", [out / "shipped"], [lambda: ship(out / "loras/1"), (out / "shipped").touch]),
         Part("full_evaluation", [out / "full_eval" / "results.json"], [measured]),
     ]
 
