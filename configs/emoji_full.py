@@ -3,13 +3,13 @@
     python launch/train.py --config=configs/emoji_full.py --workdir=runs/emoji_full
 
 4 segments on streamed trajectories, where the teacher integrates to the segment boundary. The LoRA is shipped:
-examples/emoji/student. The stages of the paper go on from there. On this teacher they made the samples no better
-(docs/results.md), so the shipped student does without them: "two_segments" adds the stage of 2 segments, "across" also
-the last one, consistency across segments on the student's own samples. "reward" and "matching" add a reward model or
-distribution matching to the last one; they have not been measured with this teacher, and an earlier student exploited
-its reward model (docs/results.md, "Corrected claims"). Each stage has a learning rate schedule of its own, so these
-variants begin like the shipped student. "gpu" sees 180 times as many captions, for one GPU; it has not been run to its
-end.
+examples/emoji/student. The stages of the paper go on from there. On this teacher they made the samples of 8 and 4 steps
+worse (docs/results.md), so the shipped student does without them: "two_segments" adds the stage of 2 segments, which
+improves 1 step, "across" also the last one, consistency across segments on the student's own samples. "reward" and
+"matching" add a reward model or distribution matching to the last one; they have not been measured with this teacher,
+and an earlier student exploited its reward model (docs/results.md, "Corrected claims"). Each stage has a learning rate
+schedule of its own, so these variants begin like the shipped student. "gpu" sees 180 times as many captions, for one
+GPU; it has not been run to its end.
 Hardware and time: one CPU core, 5 to 15 minutes. Expected figures: docs/results.md.
 """
 
