@@ -33,6 +33,8 @@ from matplotlib.ticker import LogLocator
 from ml_collections import ConfigDict
 
 from configs.emoji_ablation import ROWS, row_config
+from examples.emoji.results_tables import provenance as provenance_line
+from examples.emoji.results_tables import put_into_page
 from mlcm_jax.cli import run_main
 from mlcm_jax.errors import UserError
 from mlcm_jax.evaluation.provenance import provenance
@@ -43,15 +45,16 @@ from mlcm_jax.hub.save import write_json
 from mlcm_jax.training.program import build_program
 from mlcm_jax.training.run import describe_teacher
 
+ROOT = Path(__file__).resolve().parents[1]
 COMPARED_WITH = "streaming"
 METRICS = {  # of launch/evaluate.py: heading, decimals
     "frechet_distance/efficientnet/data": ("Frechet distance to real images, EfficientNet, lower is better", 1),
     "latent_mse": ("Latent distance to the teacher's 25 steps, lower is better", 3),
-    "clip_score": ("CLIP score, higher is better", 3),
     "clip-guard_score": ("CLIP score of a held-out CLIP, higher is better", 3),
-    "frechet_distance/clip/baseline": ("Frechet distance to the teacher's 25 steps, lower is better", 2),
-    "frechet_distance/clip/data": ("Frechet distance to real images, lower is better", 2),
+    "clip_score": ("CLIP score, higher is better", 3),
 }
+RATIOS = {"frechet_distance/efficientnet/data": "Frechet distance", "latent_mse": "Latent distance"}
+PAGE, MARKER = "docs/ablation.md", "ablation"
 
 TEACHER = flags.DEFINE_string("teacher", "examples/emoji/teacher", "Diffusers folder that is distilled.")
 ROW_NAMES = flags.DEFINE_list("rows", list(ROWS), f"Of {', '.join(ROWS)}.")
@@ -62,6 +65,7 @@ NUM_IMAGES = flags.DEFINE_integer("num_images", 512, "Images that are measured."
 LATENTS = flags.DEFINE_string("latents", None, "File of launch/encode.py for the training prompts, for the row lcm.")
 DATA = flags.DEFINE_string("data", None, "Real images of the measured prompts: examples/emoji/real_images.py.")
 FEATURES = flags.DEFINE_list("features", ["clip=examples/emoji/scorer"], "As launch/evaluate.py takes them.")
+DOCS = flags.DEFINE_bool("docs", False, "Put tables and figure into docs/ablation.md.")
 OUT = flags.DEFINE_string("out", "runs/ablation", "Folder for the runs and the figures.")
 
 
@@ -84,7 +88,7 @@ def flops_per_example(config: ConfigDict) -> float:
 def table(heading: str, rows: Mapping[str, Any], cell) -> str:
     """A Markdown table with a column for each number of steps. cell: (row's key, number of steps) -> Figure."""
     lines = [
-        f"## {heading}\n",
+        f"### {heading}\n",
         "| row | seeds | GFLOP an example | " + " | ".join(f"{n} step{'s' * (n > 1)}" for n in STEPS) + " |",
     ]
     lines.append("|---" * (3 + len(STEPS)) + "|")
@@ -111,8 +115,8 @@ def report(results: dict[str, Any], out: Path) -> str:
         heading, decimals = METRICS[m]
         parts.append(table(heading, rows, lambda k, n, m=m, d=decimals: _text(over_seeds(rows[k]["runs"], n, m), d)))
     if COMPARED_WITH in rows:
-        parts.append(_ratios(rows))
-    text = "\n".join(parts)
+        parts += [_ratios(rows, metric) for metric in RATIOS if metric in metrics]
+    text = "\n".join([*parts, provenance_line(results["about"]), ""])
     (out / "ablation.md").write_text(text)
     _plot(rows, metrics, out / "ablation.png")
     return text
@@ -127,15 +131,15 @@ def _paired(rows: Mapping[str, Any]) -> dict[str, Any]:
     return {key: row for key, row in shared.items() if row["runs"]}
 
 
-def _ratios(rows: Mapping[str, Any]) -> str:
+def _ratios(rows: Mapping[str, Any], metric: str) -> str:
     paired, other = _paired(rows), rows[COMPARED_WITH]["runs"]
 
     def cell(key: str, n: int) -> str:
-        ratio = paired_ratio(paired[key]["runs"], other, n, "latent_mse")
+        ratio = paired_ratio(paired[key]["runs"], other, n, metric)
         assert ratio  # ``_paired`` has seen to it
         return _text(ratio, 2)
 
-    return table(f"Latent distance over that of {COMPARED_WITH}, paired", paired, cell)
+    return table(f"{RATIOS[metric]} over that of {COMPARED_WITH}, paired", paired, cell)
 
 
 def _plot(rows: Mapping[str, Any], metrics: Sequence[str], path: Path) -> None:
@@ -205,6 +209,8 @@ def main():
             jax.clear_caches()  # of steps that no later run takes
             gc.collect()
     print(text, end="")
+    if DOCS.value:
+        put_into_page(ROOT / PAGE, MARKER, text, [out / "ablation.png"])
 
 
 def measured(measure: Measurer, sampler: Callable[[], Sampler], file: Path) -> Measured:

@@ -8,11 +8,11 @@ import numpy as np
 from comparison import REFERENCE_STEPS, Measured, over_seeds, paired_ratio, read_measured
 from methods_tasks import TEACHER_NAME, Benchmark, image_file, plan_file, run_folder
 
-from examples.emoji.results_tables import FRECHET, RATIO, TEXT, cell, provenance, replace_block, table
+from examples.emoji.results_tables import FRECHET, RATIO, TEXT, cell, provenance, put_into_page, table
 from mlcm_jax.evaluation.statistics.bootstrap import Figure
 from mlcm_jax.hub.load import read_json
 from mlcm_jax.hub.save import write_json
-from mlcm_jax.images import open_image, write_image
+from mlcm_jax.images import write_image
 from mlcm_jax.outputs import atomic_write
 from mlcm_jax.plots import labelled_rows, plot_against_steps
 
@@ -152,10 +152,6 @@ def _write_grid(names: Sequence[str], seed: int, num_steps: int, out: Path) -> N
 
 
 def put_into_docs(out: Path, root: Path) -> None:
-    """Put the tables between their markers, and the figure and the grids beside them, in 256 colours to be small."""
-    page, links = root / DOCS, []
-    for file in [out / "methods.png", *sorted(out.glob("methods_grid_*.png"), reverse=True)]:
-        open_image(file).quantize(256).save(page.with_name(file.name), optimize=True)
-        links.append(f"![{file.stem.replace('_', ' ')}]({file.name})")
-    content = "\n\n".join([(out / "methods.md").read_text().rstrip(), *links])
-    page.write_text(replace_block(page.read_text(encoding="utf-8"), MARKER, content, DOCS), encoding="utf-8")
+    """Put the tables between their markers, and the figure and the grids beside them."""
+    pictures = [out / "methods.png", *sorted(out.glob("methods_grid_*.png"), reverse=True)]
+    put_into_page(root / DOCS, MARKER, (out / "methods.md").read_text(), pictures)

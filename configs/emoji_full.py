@@ -2,15 +2,14 @@
 
     python launch/train.py --config=configs/emoji_full.py --workdir=runs/emoji_full
 
-4 segments on streamed trajectories, where the teacher integrates to the segment boundary. The LoRA is shipped:
-examples/emoji/student. The stages of the paper go on from there. On this teacher they made the samples of 8 and 4 steps
-worse (docs/results.md), so the shipped student does without them: "two_segments" adds the stage of 2 segments, which
-improves 1 step, "across" also the last one, consistency across segments on the student's own samples. "reward" and
-"matching" add a reward model or distribution matching to the last one; they have not been measured with this teacher,
-and an earlier student exploited its reward model (docs/results.md, "Corrected claims"). Each stage has a learning rate
-schedule of its own, so these variants begin like the shipped student. "gpu" sees 180 times as many captions, for one
-GPU; it has not been run to its end.
-Hardware and time: one CPU core, 5 to 15 minutes. Expected figures: docs/results.md.
+4 segments on streamed trajectories, where the teacher integrates to the segment boundary, with distribution matching
+beside the consistency loss. The LoRA is shipped: examples/emoji/student. Variants: "trajectories" has consistency
+alone; "two_segments" goes on from it with 2 segments, "across" also with the paper's last stage, consistency across
+segments on the student's own samples; "reward" goes on from it with a reward model. On this teacher none of these made
+the samples of 8 and 4 steps better (docs/results.md, "Other recipes"). "gpu" sees 180 times as many captions, for one
+GPU, without matching; it has not been run to its end. Each stage has a learning rate schedule of its own, so these
+variants begin like "trajectories".
+Hardware and time: one CPU core, 15 to 30 minutes, 3 to 9 of them to compile. Expected figures: docs/results.md.
 """
 
 from ml_collections import ConfigDict
@@ -19,7 +18,7 @@ from configs.emoji import get_config as emoji_config
 from mlcm_jax.errors import UserError
 
 GUIDANCE_SCALE = 1.5  # where the teacher's 25-step samples are nearest to the real images (examples/emoji/README.md)
-LCM_STEPS_AT_EQUAL_WORK = 218  # of configs/emoji_ablation.py:lcm; both take 13.4 TFLOP by --plan_only
+LCM_STEPS_AT_EQUAL_WORK = 600  # of configs/emoji_ablation.py:lcm; both take 36.9 TFLOP by --plan_only
 
 TWO_SEGMENTS = {"start": 200, "num_segments": 2, "solver_steps": 4, "optim.learning_rate": 8e-4}
 # Consistency across segments. With TCD's sampler this student is worse than with LCM's.
@@ -37,17 +36,18 @@ GPU_STAGES = (
     {"start": 1000, "num_segments": 2, "solver_steps": 8, "optim.learning_rate": 8e-4},
     {"start": 3000, "optim.learning_rate": 2e-4},
 )
+REWARD = {"start": 200, "preference.weight": 100.0, "optim.learning_rate": 2e-4}
 VARIANTS = {  # steps, stages, sampler
+    "matching": (150, (), "lcm"),
     "trajectories": (200, (), "tcd"),
     "two_segments": (400, (TWO_SEGMENTS,), "tcd"),
-    "gpu": (4500, GPU_STAGES, "tcd"),
     "across": (650, (TWO_SEGMENTS, ACROSS), "lcm"),
-    "reward": (650, (TWO_SEGMENTS, ACROSS | {"preference.weight": 100.0}), "lcm"),
-    "matching": (650, (TWO_SEGMENTS, ACROSS | {"distribution_matching.weight": 0.5}), "lcm"),
+    "reward": (300, (REWARD,), "tcd"),
+    "gpu": (4500, GPU_STAGES, "tcd"),
 }
 
 
-def get_config(variant: str = "trajectories") -> ConfigDict:
+def get_config(variant: str = "matching") -> ConfigDict:
     if variant not in VARIANTS:
         raise UserError(f"configs/emoji_full.py has no variant {variant!r}: use {', '.join(VARIANTS)}.")
     config = emoji_config("lora")
@@ -56,7 +56,10 @@ def get_config(variant: str = "trajectories") -> ConfigDict:
     config.num_steps, config.stages, config.sampler = VARIANTS[variant]
     config.optim.learning_rate = 1e-3
     config.ema_decay = 0.99
-    config.distribution_matching.learning_rate = 5e-4
+    if variant == "matching":
+        config.optim.learning_rate = 4e-4
+        config.distribution_matching.weight = 0.3
+        config.distribution_matching.learning_rate, config.distribution_matching.updates = 5e-4, 5
     if variant == "gpu":
         config.batch_size, config.solver_steps = 128, 4
         config.optim.schedule, config.ema_decay = "constant", 0.998

@@ -20,7 +20,6 @@ from absl import flags
 from configs.emoji_full import GUIDANCE_SCALE, LCM_STEPS_AT_EQUAL_WORK, get_config
 from mlcm_jax.cli import run_main
 from mlcm_jax.errors import UserError
-from mlcm_jax.images import open_image
 from mlcm_jax.training.stages import read_stages
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,25 +107,13 @@ def default_parts(out: Path) -> list[Part]:
 
 
 def full_parts(out: Path) -> list[Part]:
-    """The paper's stages on trajectories, one after the other; the shipped student is that of the first one."""
-    workdir, parts = out / "full", []
-    for number, stage in enumerate(read_stages(get_config("two_segments")), 1):
-        student, lora = out / "stages" / str(number), out / "loras" / str(number)
-        to_end = train("configs/emoji_full.py:two_segments", workdir, f"--config.num_steps={stage.end}")
-        exports = [
-            ["launch/export.py", f"--workdir={workdir}", f"--format={form}", f"--out={folder}"]
-            for form, folder in (("diffusers", student), ("lora", lora))
-        ]
-        folder = out / "stage_evals" / str(number)
-        measured = evaluate(out, folder, student, "--steps=1,2,4,8", "--diversity_prompts=0")
-        parts += [
-            Part(f"stage_{number}", [student, lora], [to_end, *exports]),
-            Part(f"stage_{number}_evaluation", [folder / "results.json"], [measured]),
-        ]
-    measured = evaluate(out, out / "full_eval", out / "stages/1", *against_teacher(GUIDANCE_SCALE))
+    """The shipped student and its measurement."""
+    workdir, lora = out / "full", out / "lora"
+    export = ["launch/export.py", f"--workdir={workdir}", "--format=lora", f"--out={lora}"]
+    measured = evaluate(out, out / "full_eval", workdir / "export", *against_teacher(GUIDANCE_SCALE))
     return [
-        *parts,
-        Part("student", [out / "shipped"], [lambda: ship(out / "loras/1"), (out / "shipped").touch]),
+        Part("student", [workdir / "export", lora], [train("configs/emoji_full.py", workdir), export]),
+        Part("shipped", [], [lambda: ship(lora)]),
         Part("full_evaluation", [out / "full_eval" / "results.json"], [measured]),
     ]
 
@@ -135,6 +122,21 @@ def ship(lora: Path) -> None:
     """Put the finished LoRA where launch/sample.py finds it."""
     for file in lora.iterdir():
         (ROOT / "examples/emoji/student" / file.name).write_bytes(file.read_bytes())
+
+
+def stage_parts(out: Path) -> list[Part]:
+    """The paper's stages on trajectories, without distribution matching, one after the other."""
+    config, workdir, parts = "configs/emoji_full.py:two_segments", out / "two_segments", []
+    for number, stage in enumerate(read_stages(get_config("two_segments")), 1):
+        student, folder = out / "stages" / str(number), out / "stage_evals" / str(number)
+        to_end = train(config, workdir, f"--config.num_steps={stage.end}")
+        export = ["launch/export.py", f"--workdir={workdir}", "--format=diffusers", f"--out={student}"]
+        measured = evaluate(out, folder, student, "--steps=1,2,4,8", "--diversity_prompts=0")
+        parts += [
+            Part(f"stage_{number}", [student], [to_end, export]),
+            Part(f"stage_{number}_evaluation", [folder / "results.json"], [measured]),
+        ]
+    return parts
 
 
 def lcm_parts(out: Path) -> list[Part]:
@@ -151,14 +153,14 @@ def lcm_parts(out: Path) -> list[Part]:
 
 
 def benchmark_parts(out: Path) -> list[Part]:
-    """The rows of docs/ablation.md, and the methods of docs/methods.md, which its program writes there."""
-    return [_benchmark(out, "ablation"), _benchmark(out, "methods", "--docs")]
+    """The rows of docs/ablation.md and the methods of docs/methods.md, which their programs write there."""
+    return [_benchmark(out, name) for name in ("ablation", "methods")]
 
 
-def _benchmark(out: Path, name: str, *settings: str) -> Part:
+def _benchmark(out: Path, name: str) -> Part:
     command = [f"benchmarks/{name}.py", f"--data={out / 'real.npy'}", f"--latents={out / 'latents.safetensors'}"]
     done = out / name / "done"
-    return Part(name, [done], [[*command, features(out), f"--out={out / name}", *settings], lambda: done.touch()])
+    return Part(name, [done], [[*command, features(out), f"--out={out / name}", "--docs"], lambda: done.touch()])
 
 
 def report_parts(out: Path) -> list[Part]:
@@ -170,17 +172,17 @@ def report_parts(out: Path) -> list[Part]:
 
 
 def copy_images(out: Path) -> None:
-    """The grids of docs/, in 256 colours to be small."""
+    """The grids of docs/."""
     sources = {"emoji": out / "default/samples/final.png", "student": out / "full_eval/grid.png"}
     for name, source in sources.items():
-        open_image(source).quantize(256).save(ROOT / "docs" / f"{name}.png", optimize=True)
+        results_tables.copy_image(source, ROOT / "docs" / f"{name}.png")
 
 
 def all_parts(out: Path) -> list[Part]:
     """Every part, in order."""
     return [
         part
-        for make in (data_parts, default_parts, full_parts, lcm_parts, benchmark_parts, report_parts)
+        for make in (data_parts, default_parts, full_parts, stage_parts, lcm_parts, benchmark_parts, report_parts)
         for part in make(out)
     ]
 

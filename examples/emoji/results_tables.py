@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.load import read_json
+from mlcm_jax.images import open_image
 
 STUDENT_STEPS = (8, 4, 2, 1)
 SAMPLERS = {"model": "student", "baseline": "teacher"}
@@ -94,7 +95,7 @@ def short_table(results: Mapping[str, Any]) -> str:
 
 
 def stages_table(out: Path, teacher: Mapping[str, Any]) -> str:
-    """The full recipe at the end of each stage."""
+    """The paper's stages on trajectories, each at its end."""
     folders = sorted((out / "stage_evals").iterdir(), key=lambda folder: int(folder.name))
     rows = [
         (f"stage {folder.name}", row)
@@ -137,6 +138,20 @@ def replace_block(text: str, marker: str, content: str, file: str) -> str:
     if len(pattern.findall(text)) != 1:
         raise UserError(f"{file} needs the markers {begin} and {end} once each, on lines of their own.")
     return pattern.sub(lambda _: content.rstrip() + "\n", text)
+
+
+def copy_image(source: Path, target: Path) -> None:
+    """In 256 colours, to be small."""
+    open_image(source).quantize(256).save(target, optimize=True)
+
+
+def put_into_page(page: Path, marker: str, text: str, pictures: Sequence[Path]) -> None:
+    """Put a text between its markers, with links to pictures below it, and the pictures beside the page."""
+    for file in pictures:
+        copy_image(file, page.with_name(file.name))
+    links = [f"![{file.stem.replace('_', ' ')}]({file.name})" for file in pictures]
+    content = "\n\n".join([text.rstrip(), *links])
+    page.write_text(replace_block(page.read_text(encoding="utf-8"), marker, content, str(page)), encoding="utf-8")
 
 
 def write_all(out: Path, root: Path) -> None:

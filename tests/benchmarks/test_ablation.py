@@ -45,6 +45,11 @@ def test_an_unknown_row_is_refused():
         get_config("stage3")
 
 
+def test_the_page_has_its_markers():
+    page = (ROOT / "docs/ablation.md").read_text()
+    assert all(page.count(f"<!-- {end}: ablation -->") == 1 for end in ("begin", "end"))
+
+
 @pytest.fixture(scope="module")
 def ablation(tmp_path_factory):
     """ablation(**flags) -> the finished process; two steps of two examples, eight images."""

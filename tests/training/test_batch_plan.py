@@ -104,7 +104,7 @@ def test_a_stage_with_another_learning_rate_has_a_schedule_of_its_own():
 
 RECIPES = {
     "emoji": ("full", "lora"),
-    "emoji_full": ("trajectories", "two_segments", "gpu", "across", "reward", "matching"),
+    "emoji_full": ("matching", "trajectories", "two_segments", "across", "reward", "gpu"),
     "emoji_ablation": ("streaming", "adversarial"),
     "sdxl": ("full", "lora", "all"),
     "sd15": ("full", "lora", "all"),
