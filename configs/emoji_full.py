@@ -5,10 +5,11 @@
 4 segments on streamed trajectories, where the teacher integrates to the segment boundary, with distribution matching
 beside the consistency loss. The LoRA is shipped: examples/emoji/student. Variants: "trajectories" has consistency
 alone; "two_segments" goes on from it with 2 segments, "across" also with the paper's last stage, consistency across
-segments on the student's own samples; "reward" goes on from it with a reward model. On this teacher none of these made
-the samples of 8 and 4 steps better (docs/results.md, "Other recipes"). "gpu" sees 180 times as many captions, for one
-GPU, without matching; it has not been run to its end. Each stage has a learning rate schedule of its own, so these
-variants begin like "trajectories".
+segments on the student's own samples. On this teacher these made the samples of 8 and 4 steps no better
+(docs/results.md, "Other recipes"). Not measured with this teacher: "reward", which goes on from "trajectories" with a
+reward model, as an earlier student did that exploited it (docs/results.md, "Corrected claims"); and "gpu", without
+matching, which sees 180 times as many captions, for one GPU. Each stage has a learning rate schedule of its own, so
+these variants begin like "trajectories".
 Hardware and time: one CPU core, 15 to 30 minutes, 3 to 9 of them to compile. Expected figures: docs/results.md.
 """
 
