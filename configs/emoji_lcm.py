@@ -8,7 +8,7 @@ One segment, noised latents instead of trajectories, an x0 target by the moving 
 The latents are the teacher's own images; --images=... encodes others. Budget and optimizer are configs/emoji.py's.
 The guidance scale is drawn from 3 to 15 (2 to 14 in the paper's convention, w of eps_c + w (eps_c - eps_u)). The
 student is conditioned on it, so launch/sample.py and diffusers take guidance_scale. Not measured with this range;
-docs/ablation.md has LCM at one scale, from configs/emoji_ablation.py:lcm.
+docs/results.md has LCM at one scale, from configs/emoji_ablation.py:lcm.
 """
 
 from ml_collections import ConfigDict
