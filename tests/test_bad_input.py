@@ -126,7 +126,7 @@ TRAIN = {
     ),
     "a wrong variant of stages": (
         ["--config=configs/emoji_full.py:first"],
-        ["'first'", "trajectories, two_segments, gpu, across, reward, matching"],
+        ["'first'", "matching, trajectories, two_segments, across, reward, gpu"],
     ),
 }
 
