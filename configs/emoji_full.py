@@ -6,7 +6,7 @@
 beside the consistency loss. The LoRA is shipped: examples/emoji/student. Variants: "trajectories" has consistency
 alone; "two_segments" goes on from it with 2 segments, "across" also with the paper's last stage, consistency across
 segments on the student's own samples. On this teacher these made the samples of 8 and 4 steps no better
-(docs/results.md, "Other recipes"). Not measured with this teacher: "reward", which goes on from "trajectories" with a
+(docs/results.md, "Further stages"). Not measured with this teacher: "reward", which goes on from "trajectories" with a
 reward model, as an earlier student did that exploited it (docs/results.md, "Corrected claims"); and "gpu", without
 matching, which sees 180 times as many captions, for one GPU. Each stage has a learning rate schedule of its own, so
 these variants begin like "trajectories".
