@@ -12,7 +12,7 @@ from absl import flags
 
 from configs.methods import METHODS
 from configs.sdxl import get_config
-from examples.emoji.results_tables import replace_block
+from examples.emoji.results_tables import put_into_page
 from mlcm_jax.cli import run_main
 from mlcm_jax.training.plan import Plan, format_bytes
 from mlcm_jax.training.program import build_program
@@ -49,8 +49,7 @@ def main():
         lines.append(row(name, plan_of(name)))
         print(json.dumps(lines[-1]), flush=True)
     if DOCS.value:
-        page = PAGE.read_text(encoding="utf-8")
-        PAGE.write_text(replace_block(page, MARKER, "\n".join(lines), str(PAGE)), encoding="utf-8")
+        put_into_page(PAGE, MARKER, "\n".join(lines))
 
 
 if __name__ == "__main__":

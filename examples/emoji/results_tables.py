@@ -145,7 +145,7 @@ def copy_image(source: Path, target: Path) -> None:
     open_image(source).quantize(256).save(target, optimize=True)
 
 
-def put_into_page(page: Path, marker: str, text: str, pictures: Sequence[Path]) -> None:
+def put_into_page(page: Path, marker: str, text: str, pictures: Sequence[Path] = ()) -> None:
     """Put a text between its markers, with links to pictures below it, and the pictures beside the page."""
     for file in pictures:
         copy_image(file, page.with_name(file.name))
@@ -157,6 +157,5 @@ def put_into_page(page: Path, marker: str, text: str, pictures: Sequence[Path]) 
 def write_all(out: Path, root: Path) -> None:
     """Write every table into its file below ``root``; out: the folder of reproduce.py's results."""
     for name, marker, content in blocks(out):
-        file = root / name
-        file.write_text(replace_block(file.read_text(encoding="utf-8"), marker, content, name), encoding="utf-8")
+        put_into_page(root / name, marker, content)
         print(f"{name}: {marker}")
