@@ -142,7 +142,7 @@ def stage_parts(out: Path) -> list[Part]:
 def lcm_parts(out: Path) -> list[Part]:
     """LCM with as much work as the full recipe, which is more examples."""
     workdir, folder = out / "lcm", out / "lcm_eval"
-    settings = {"num_steps": LCM_STEPS_AT_EQUAL_WORK, "guidance_scale": GUIDANCE_SCALE}
+    settings = {"num_steps": LCM_STEPS_AT_EQUAL_WORK, "guidance_scale": GUIDANCE_SCALE, "sampler": "lcm"}
     settings |= {"latents": out / "latents.safetensors"}
     trained = train("configs/emoji_ablation.py:lcm", workdir, *(f"--config.{k}={v}" for k, v in settings.items()))
     measured = evaluate(out, folder, workdir / "export", "--steps=1,2,4,8", "--diversity_prompts=0")
