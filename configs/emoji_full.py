@@ -5,11 +5,10 @@
 4 segments on streamed trajectories, where the teacher integrates to the segment boundary, with distribution matching
 beside the consistency loss. The LoRA is shipped: examples/emoji/student. Variants: "trajectories" has consistency
 alone; "two_segments" goes on from it with 2 segments, "across" also with the paper's last stage, consistency across
-segments on the student's own samples. On this teacher these made the samples of 8 and 4 steps no better
-(docs/results.md, "Further stages"). Not measured with this teacher: "reward", which goes on from "trajectories" with a
-reward model, as an earlier student did that exploited it (docs/results.md, "Corrected claims"); and "gpu", without
-matching, which sees 180 times as many captions, for one GPU. Each stage has a learning rate schedule of its own, so
-these variants begin like "trajectories".
+segments on the student's own samples; "reward" with a reward model. On this teacher none of these made the samples of
+8 and 4 steps better (docs/results.md, "Further stages", "Other recipes"). Not measured: "gpu", without matching, which
+sees 180 times as many captions, for one GPU. Each stage has a learning rate schedule of its own, so these variants begin
+like "trajectories".
 Hardware and time: one CPU core, 15 to 30 minutes, 3 to 9 of them to compile. Expected figures: docs/results.md.
 """
 
@@ -38,13 +37,37 @@ GPU_STAGES = (
     {"start": 3000, "optim.learning_rate": 2e-4},
 )
 REWARD = {"start": 200, "preference.weight": 100.0, "optim.learning_rate": 2e-4}
-VARIANTS = {  # steps, stages, sampler
-    "matching": (150, (), "lcm"),
-    "trajectories": (200, (), "tcd"),
-    "two_segments": (400, (TWO_SEGMENTS,), "tcd"),
-    "across": (650, (TWO_SEGMENTS, ACROSS), "lcm"),
-    "reward": (300, (REWARD,), "tcd"),
-    "gpu": (4500, GPU_STAGES, "tcd"),
+BASE = {
+    "lora.rank": 32,
+    "lora.alpha": 32.0,
+    "guidance_scale": GUIDANCE_SCALE,
+    "optim.learning_rate": 1e-3,
+    "ema_decay": 0.99,
+}
+VARIANTS = {  # what each changes in BASE
+    "matching": {
+        "num_steps": 150,
+        "sampler": "lcm",
+        "optim.learning_rate": 4e-4,
+        "distribution_matching.weight": 0.3,
+        "distribution_matching.learning_rate": 5e-4,
+        "distribution_matching.updates": 5,
+    },
+    "trajectories": {"num_steps": 200},
+    "two_segments": {"num_steps": 400, "stages": (TWO_SEGMENTS,)},
+    "across": {"num_steps": 650, "stages": (TWO_SEGMENTS, ACROSS), "sampler": "lcm"},
+    "reward": {"num_steps": 300, "stages": (REWARD,)},
+    "gpu": {
+        "num_steps": 4500,
+        "stages": GPU_STAGES,
+        "batch_size": 128,
+        "solver_steps": 4,
+        "optim.schedule": "constant",
+        "ema_decay": 0.998,
+        "log_every": 50,
+        "checkpoint_every": 1000,
+        "sample_every": 4500,
+    },
 }
 
 
@@ -52,17 +75,5 @@ def get_config(variant: str = "matching") -> ConfigDict:
     if variant not in VARIANTS:
         raise UserError(f"configs/emoji_full.py has no variant {variant!r}: use {', '.join(VARIANTS)}.")
     config = emoji_config("lora")
-    config.lora.rank, config.lora.alpha = 32, 32.0
-    config.guidance_scale = GUIDANCE_SCALE
-    config.num_steps, config.stages, config.sampler = VARIANTS[variant]
-    config.optim.learning_rate = 1e-3
-    config.ema_decay = 0.99
-    if variant == "matching":
-        config.optim.learning_rate = 4e-4
-        config.distribution_matching.weight = 0.3
-        config.distribution_matching.learning_rate, config.distribution_matching.updates = 5e-4, 5
-    if variant == "gpu":
-        config.batch_size, config.solver_steps = 128, 4
-        config.optim.schedule, config.ema_decay = "constant", 0.998
-        config.log_every, config.checkpoint_every, config.sample_every = 50, 1000, 4500
+    config.update_from_flattened_dict(BASE | VARIANTS[variant])
     return config
