@@ -119,7 +119,9 @@ def full_parts(out: Path) -> list[Part]:
 
 
 def ship(lora: Path) -> None:
-    """Put the finished LoRA where launch/sample.py finds it."""
+    """Put the finished LoRA where launch/sample.py finds it. Raises UserError before the part student has made it."""
+    if not lora.is_dir():
+        raise UserError(f"{lora} is missing: make the part student first.")
     for file in lora.iterdir():
         (ROOT / "examples/emoji/student" / file.name).write_bytes(file.read_bytes())
 
@@ -140,16 +142,19 @@ def stage_parts(out: Path) -> list[Part]:
 
 
 def lcm_parts(out: Path) -> list[Part]:
-    """LCM with as much work as the full recipe, which is more examples."""
-    workdir, folder = out / "lcm", out / "lcm_eval"
-    settings = {"num_steps": LCM_STEPS_AT_EQUAL_WORK, "guidance_scale": GUIDANCE_SCALE, "sampler": "lcm"}
-    settings |= {"latents": out / "latents.safetensors"}
-    trained = train("configs/emoji_ablation.py:lcm", workdir, *(f"--config.{k}={v}" for k, v in settings.items()))
-    measured = evaluate(out, folder, workdir / "export", "--steps=1,2,4,8", "--diversity_prompts=0")
-    return [
-        Part("lcm", [workdir / "export"], [trained]),
-        Part("lcm_evaluation", [folder / "results.json"], [measured]),
-    ]
+    """LCM with as much work as the full recipe, which is more examples, and with as many examples."""
+    parts = []
+    for name, num_steps in {"lcm": LCM_STEPS_AT_EQUAL_WORK, "lcm_equal_examples": get_config().num_steps}.items():
+        workdir, folder = out / name, out / f"{name}_eval"
+        settings = {"num_steps": num_steps, "guidance_scale": GUIDANCE_SCALE, "sampler": "lcm"}
+        settings |= {"latents": out / "latents.safetensors"}
+        trained = train("configs/emoji_ablation.py:lcm", workdir, *(f"--config.{k}={v}" for k, v in settings.items()))
+        measured = evaluate(out, folder, workdir / "export", "--steps=1,2,4,8", "--diversity_prompts=0")
+        parts += [
+            Part(name, [workdir / "export"], [trained]),
+            Part(f"{name}_evaluation", [folder / "results.json"], [measured]),
+        ]
+    return parts
 
 
 def benchmark_parts(out: Path) -> list[Part]:

@@ -107,11 +107,14 @@ def stages_table(out: Path, teacher: Mapping[str, Any]) -> str:
 
 
 def lcm_table(out: Path, full: Mapping[str, Any]) -> str:
-    """The full recipe's student beside LCM at equal work."""
-    rows = [("student", row) for row in rows_of(full, "model", STUDENT_STEPS)]
-    measured = read_json(out / "lcm_eval" / "results.json")
-    rows += [("LCM", row) for row in rows_of(measured, "model", STUDENT_STEPS)]
-    return f"{table(rows, [FRECHET, *INDEPENDENT[2:], *TEXT[:3]])}\n\n{provenance(measured)}"
+    """The full recipe's student beside LCM at equal work and with equally many examples."""
+    students = {"student": full}
+    students |= {
+        label: read_json(out / f"{name}_eval" / "results.json")
+        for label, name in {"LCM, equal work": "lcm", "LCM, equal examples": "lcm_equal_examples"}.items()
+    }
+    rows = [(label, row) for label, of in students.items() for row in rows_of(of, "model", STUDENT_STEPS)]
+    return f"{table(rows, [FRECHET, *INDEPENDENT[2:], *TEXT[:3]])}\n\n{provenance(students['LCM, equal examples'])}"
 
 
 def blocks(out: Path) -> Iterator[tuple[str, str, str]]:
@@ -122,7 +125,7 @@ def blocks(out: Path) -> Iterator[tuple[str, str, str]]:
     for name, measured in {"default": default, "full": full}.items():
         yield results, f"{name} independent", f"{both_samplers(measured, INDEPENDENT)}\n\n{provenance(measured)}"
         yield results, f"{name} text", both_samplers(measured, TEXT)
-    if (out / "lcm_eval" / "results.json").is_file():
+    if all((out / f"{name}_eval" / "results.json").is_file() for name in ("lcm", "lcm_equal_examples")):
         yield results, "lcm", lcm_table(out, full)
     if (out / "stage_evals").is_dir():
         yield results, "stages", stages_table(out, full)

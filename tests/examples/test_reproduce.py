@@ -67,7 +67,7 @@ def test_a_figure_that_was_not_measured_is_a_dash(tables):
 
 
 def test_every_block_finds_its_markers_and_only_the_block_changes(tables, tmp_path):
-    for name in ("full", "default", "lcm"):
+    for name in ("full", "default", "lcm", "lcm_equal_examples"):
         (tmp_path / f"{name}_eval").mkdir()
         (tmp_path / f"{name}_eval" / "results.json").write_text(json.dumps(results("model", "baseline")))
     (tmp_path / "stage_evals" / "1").mkdir(parents=True)
@@ -78,7 +78,7 @@ def test_every_block_finds_its_markers_and_only_the_block_changes(tables, tmp_pa
     before = (tmp_path / "docs/results.md").read_text()
     tables.write_all(tmp_path, tmp_path)
     after = (tmp_path / "docs/results.md").read_text()
-    assert "| student | 8 |" in after and "| LCM | 1 |" in after and "| stage 1 | 4 |" in after
+    assert "| student | 8 |" in after and "| LCM, equal work | 1 |" in after and "| stage 1 | 4 |" in after
     outside = [text.split("<!-- end: lcm -->")[1] for text in (before, after)]
     assert outside[0] == outside[1]
     tables.write_all(tmp_path, tmp_path)
@@ -110,6 +110,11 @@ def test_parts_whose_results_are_there_are_done(tmp_path):
 
 def test_an_unknown_part_is_refused(tmp_path):
     assert_one_sentence(reproduce(f"--out={tmp_path}", "--parts=teacher"), "'teacher'", "--dry_run")
+
+
+@pytest.mark.parametrize("part", ["shipped", "images"])
+def test_a_part_whose_sources_are_missing_is_refused(tmp_path, part):
+    assert_one_sentence(reproduce(f"--out={tmp_path}", f"--parts={part}"), str(tmp_path))
 
 
 @pytest.mark.slow
