@@ -7,8 +7,8 @@ beside the consistency loss. The LoRA is shipped: examples/emoji/student. Varian
 alone; "two_segments" goes on from it with 2 segments, "across" also with the paper's last stage, consistency across
 segments on the student's own samples; "reward" with a reward model. On this teacher none of these made the samples of
 8 and 4 steps better (docs/results.md, "Further stages", "Other recipes"). Not measured: "gpu", without matching, which
-sees 180 times as many captions, for one GPU. Each stage has a learning rate schedule of its own, so these variants begin
-like "trajectories".
+sees 180 times as many captions, for one GPU. Each stage has a learning rate schedule of its own, so these variants
+begin like "trajectories".
 Hardware and time: one CPU core, 15 to 30 minutes, 3 to 9 of them to compile. Expected figures: docs/results.md.
 """
 
