@@ -75,6 +75,7 @@ ROWS = {
             "target": "x0",
             "target_network": "ema",
             "distance": "pseudo_huber",
+            "sampler": "lcm",
         },
     ),
 }

@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
     config.target_network = "ema"
     config.ema_decay = 0.95
     config.distance = "pseudo_huber"
+    config.sampler = "lcm"
     config.guidance_scale, config.guidance_scale_max = 3.0, 15.0
     config.guidance_embedding_dim = 256
     return config

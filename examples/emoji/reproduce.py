@@ -146,8 +146,7 @@ def lcm_parts(out: Path) -> list[Part]:
     parts = []
     for name, num_steps in {"lcm": LCM_STEPS_AT_EQUAL_WORK, "lcm_equal_examples": get_config().num_steps}.items():
         workdir, folder = out / name, out / f"{name}_eval"
-        settings = {"num_steps": num_steps, "guidance_scale": GUIDANCE_SCALE, "sampler": "lcm"}
-        settings |= {"latents": out / "latents.safetensors"}
+        settings = {"num_steps": num_steps, "guidance_scale": GUIDANCE_SCALE, "latents": out / "latents.safetensors"}
         trained = train("configs/emoji_ablation.py:lcm", workdir, *(f"--config.{k}={v}" for k, v in settings.items()))
         measured = evaluate(out, folder, workdir / "export", "--steps=1,2,4,8", "--diversity_prompts=0")
         parts += [
