@@ -18,12 +18,14 @@ from ml_collections import config_flags
 
 from mlcm_jax import model_flags, size_flags
 from mlcm_jax.cli import run_main, take_defaults
+from mlcm_jax.diffusion.samplers import SAMPLERS
 from mlcm_jax.evaluation.evaluate import Settings, evaluate
 from mlcm_jax.rng import MAX_SEED
 
 flags.adopt_module_key_flags(model_flags)
 flags.adopt_module_key_flags(size_flags)
 CONFIG = config_flags.DEFINE_config_file("config", None, "Other defaults of these flags: configs/eval_coco5k.py.")
+SCHEDULER = flags.DEFINE_enum("scheduler", None, list(SAMPLERS), "In place of the model's own, from its settings.")
 BASELINE = flags.DEFINE_string("baseline", None, "One to compare with: the teacher.")
 STEPS = flags.DEFINE_list("steps", ["1", "2", "3", "4", "8", "25"], "Numbers of sampling steps, of both.")
 REFERENCE_STEPS = flags.DEFINE_integer("reference_steps", 25, "Steps of the baseline's reference sample.")

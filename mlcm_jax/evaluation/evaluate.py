@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from mlcm_jax.data.prompts import read_prompts
 from mlcm_jax.data.real_images import RealImages
+from mlcm_jax.diffusion.scheduler_config import of_class
 from mlcm_jax.errors import UserError
 from mlcm_jax.evaluation.evaluator import EvaluationProtocol, evaluate_samplers
 from mlcm_jax.evaluation.extractors.registry import FEATURE_EXTRACTORS, load_extractor
@@ -52,6 +53,7 @@ class Settings:
     architecture: str | None = None
     variant: str | None = None
     revision: str | None = None
+    scheduler: str | None = None
     image_size: int = 0
     height: int = 0
     width: int = 0
@@ -139,9 +141,9 @@ def describe_networks(settings: Settings, networks: Networks, data: Measurements
 
 
 def load_pipelines(settings: Settings) -> dict[str, Pipeline]:
-    """The model and, where there is one, the baseline."""
+    """The model, with --scheduler, and the baseline where there is one."""
     folders = {"model": settings.model} | ({"baseline": settings.baseline} if settings.baseline else {})
-    return {
+    pipelines = {
         name: load_pipeline(
             folder,
             architecture=settings.architecture,
@@ -151,6 +153,10 @@ def load_pipelines(settings: Settings) -> dict[str, Pipeline]:
         )
         for name, folder in folders.items()
     }
+    if settings.scheduler:
+        model = pipelines["model"]
+        pipelines["model"] = model.with_scheduler(of_class(model.scheduler_config, settings.scheduler))
+    return pipelines
 
 
 def make_samplers(settings: Settings, pipelines: dict[str, Pipeline], prompts: list[str]) -> dict[str, Sampler]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from mlcm_jax.data.real_images import RealImages
 from mlcm_jax.errors import UserError
+from mlcm_jax.evaluation.evaluate import load_pipelines
+from mlcm_jax.sampling.sample import default_guidance_scale
 
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION |= {"image_size": 16, "patch_size": 8}
@@ -102,6 +105,18 @@ def test_a_model_alone(evaluate, inputs, tmp_path):
     (row,) = results["rows"]
     assert row["figures"].keys() == OWN - {"diversity"} and "relative_to_reference" not in row
     assert row["guidance_scale"] == 5
+
+
+def test_another_scheduler_is_the_models_alone(inputs):
+    """A teacher that is sampled like its students has no guidance by default, as they have."""
+    names = dict.fromkeys(("architecture", "variant", "revision"))
+    settings = SimpleNamespace(**names, model=inputs["model"], baseline=inputs["baseline"], dtype="float32")
+    for scheduler, scale in ((None, 5), ("LCMScheduler", 1)):
+        settings.scheduler = scheduler
+        pipelines = load_pipelines(settings)
+        assert pipelines["model"].scheduler_config["_class_name"] == (scheduler or "DDIMScheduler")
+        assert default_guidance_scale(pipelines["model"]) == scale
+        assert pipelines["baseline"].scheduler_config["_class_name"] == "DDIMScheduler"
 
 
 def test_images_of_a_folder(tmp_path):
