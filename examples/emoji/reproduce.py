@@ -118,6 +118,14 @@ def full_parts(out: Path) -> list[Part]:
     ]
 
 
+def unguided_parts(out: Path) -> list[Part]:
+    """The teacher sampled like its student: without guidance, with the same scheduler. It is the untrained student."""
+    folder = out / "unguided_eval"
+    settings = ["--guidance_scale=1", "--scheduler=LCMScheduler", "--steps=1,2,3,4,8,25", "--diversity_prompts=0"]
+    measured = evaluate(out, folder, Path(TEACHER), *settings)
+    return [Part("unguided_evaluation", [folder / "results.json"], [measured])]
+
+
 def ship(lora: Path) -> None:
     """Put the finished LoRA where launch/sample.py finds it. Raises UserError before the part student has made it."""
     if not lora.is_dir():
@@ -184,11 +192,17 @@ def copy_images(out: Path) -> None:
 
 def all_parts(out: Path) -> list[Part]:
     """Every part, in order."""
-    return [
-        part
-        for make in (data_parts, default_parts, full_parts, stage_parts, lcm_parts, benchmark_parts, report_parts)
-        for part in make(out)
-    ]
+    makers = (
+        data_parts,
+        default_parts,
+        full_parts,
+        unguided_parts,
+        stage_parts,
+        lcm_parts,
+        benchmark_parts,
+        report_parts,
+    )
+    return [part for make in makers for part in make(out)]
 
 
 def chosen_parts(parts: Sequence[Part]) -> list[Part]:

@@ -106,6 +106,17 @@ def stages_table(out: Path, teacher: Mapping[str, Any]) -> str:
     return table(rows, [FRECHET, *INDEPENDENT[2:], *TEXT[:2]])
 
 
+def unguided_table(out: Path, full: Mapping[str, Any]) -> str:
+    """The full recipe's student beside the teacher that is sampled like it."""
+    measured = read_json(out / "unguided_eval" / "results.json")
+    rows = [
+        (label, row)
+        for label, of in {"teacher without guidance": measured, "student": full}.items()
+        for row in rows_of(of, "model", (25, *STUDENT_STEPS))
+    ]
+    return f"{table(rows, [FRECHET, *INDEPENDENT[2:], *TEXT[:2]])}\n\n{provenance(measured)}"
+
+
 def lcm_table(out: Path, full: Mapping[str, Any]) -> str:
     """The full recipe's student beside LCM at equal work and with equally many examples."""
     students = {"student": full}
@@ -127,6 +138,8 @@ def blocks(out: Path) -> Iterator[tuple[str, str, str]]:
         yield results, f"{name} text", both_samplers(measured, TEXT)
     if all((out / f"{name}_eval" / "results.json").is_file() for name in ("lcm", "lcm_equal_examples")):
         yield results, "lcm", lcm_table(out, full)
+    if (out / "unguided_eval" / "results.json").is_file():
+        yield results, "unguided", unguided_table(out, full)
     if (out / "stage_evals").is_dir():
         yield results, "stages", stages_table(out, full)
 

@@ -67,7 +67,7 @@ def test_a_figure_that_was_not_measured_is_a_dash(tables):
 
 
 def test_every_block_finds_its_markers_and_only_the_block_changes(tables, tmp_path):
-    for name in ("full", "default", "lcm", "lcm_equal_examples"):
+    for name in ("full", "default", "unguided", "lcm", "lcm_equal_examples"):
         (tmp_path / f"{name}_eval").mkdir()
         (tmp_path / f"{name}_eval" / "results.json").write_text(json.dumps(results("model", "baseline")))
     (tmp_path / "stage_evals" / "1").mkdir(parents=True)
@@ -78,7 +78,8 @@ def test_every_block_finds_its_markers_and_only_the_block_changes(tables, tmp_pa
     before = (tmp_path / "docs/results.md").read_text()
     tables.write_all(tmp_path, tmp_path)
     after = (tmp_path / "docs/results.md").read_text()
-    assert "| student | 8 |" in after and "| LCM, equal work | 1 |" in after and "| stage 1 | 4 |" in after
+    rows = ("student | 8", "LCM, equal work | 1", "teacher without guidance | 25", "stage 1 | 4")
+    assert all(f"| {row} |" in after for row in rows)
     outside = [text.split("<!-- end: lcm -->")[1] for text in (before, after)]
     assert outside[0] == outside[1]
     tables.write_all(tmp_path, tmp_path)
