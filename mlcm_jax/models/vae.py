@@ -18,6 +18,8 @@ from mlcm_jax.models.layers import (
     ResnetBlock2D,
     Upsample2D,
 )
+from mlcm_jax.models.remat import rematerialised
+from mlcm_jax.parallel.sharding import split_batch
 
 EPS = 1e-6
 
@@ -86,13 +88,15 @@ class Block(nn.Module):
     num_resnets: int
     resample: str | None  # "down", "up" or None
     dtype: jnp.dtype
+    remat: str | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
         cfg = self.config
+        resnet = rematerialised(ResnetBlock2D, self.remat)
         for i in range(self.num_resnets):
-            block = ResnetBlock2D(self.features, cfg.norm_num_groups, EPS, cfg.act_fn, self.dtype, name=f"resnets_{i}")
-            x = block(x)
+            args = (self.features, cfg.norm_num_groups, EPS, cfg.act_fn, self.dtype)
+            x = resnet(*args, name=f"resnets_{i}")(split_batch(x))
         if self.resample == "down":
             x = Downsample2D(self.features, padding=0, dtype=self.dtype, name="downsamplers_0")(x)
         if self.resample == "up":
@@ -105,15 +109,17 @@ class MidBlock(nn.Module):
 
     config: VAEConfig
     dtype: jnp.dtype
+    remat: str | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
         cfg = self.config
+        resnet, attention = (rematerialised(block, self.remat) for block in (ResnetBlock2D, VAEAttention))
         args = (x.shape[-1], cfg.norm_num_groups, EPS, cfg.act_fn, self.dtype)
-        x = ResnetBlock2D(*args, name="resnets_0")(x)
+        x = resnet(*args, name="resnets_0")(split_batch(x))
         if cfg.mid_block_add_attention:
-            x = VAEAttention(cfg.norm_num_groups, self.dtype, name="attentions_0")(x)
-        return ResnetBlock2D(*args, name="resnets_1")(x)
+            x = attention(cfg.norm_num_groups, self.dtype, name="attentions_0")(x)
+        return resnet(*args, name="resnets_1")(x)
 
 
 class Encoder(nn.Module):
@@ -140,25 +146,30 @@ class Decoder(nn.Module):
 
     config: VAEConfig
     dtype: jnp.dtype
+    remat: str | None = None
 
     @nn.compact
     def __call__(self, z: Float[Array, "n h w c"]) -> Float[Array, "n H W 3"]:
         cfg = self.config
         channels = cfg.block_out_channels[::-1]
         x = Conv(channels[0], dtype=self.dtype, name="conv_in")(z)
-        x = MidBlock(cfg, self.dtype, name="mid_block")(x)
+        x = MidBlock(cfg, self.dtype, self.remat, name="mid_block")(x)
         for i, features in enumerate(channels):
-            resample = "up" if i < len(channels) - 1 else None
-            x = Block(cfg, features, cfg.layers_per_block + 1, resample, self.dtype, name=f"up_blocks_{i}")(x)
+            args = (cfg.layers_per_block + 1, "up" if i < len(channels) - 1 else None, self.dtype, self.remat)
+            x = Block(cfg, features, *args, name=f"up_blocks_{i}")(x)
         x = ACTIVATIONS[cfg.act_fn](GroupNorm(cfg.norm_num_groups, EPS, self.dtype, name="conv_norm_out")(x))
         return Conv(3, dtype=self.dtype, name="conv_out")(x)
 
 
 class AutoencoderKL(nn.Module):
-    """The autoencoder; call its methods through ``module.apply(variables, x, method="encode")``."""
+    """The autoencoder; call its methods through ``module.apply(variables, x, method="encode")``.
+
+    remat: policy of models/remat.py for the decoder's backward pass; None: all its activations are kept.
+    """
 
     config: VAEConfig
     dtype: jnp.dtype = jnp.float32
+    remat: str | None = None
 
     @classmethod
     def from_config(cls, config: dict[str, Any], dtype=jnp.float32) -> "AutoencoderKL":
@@ -182,7 +193,7 @@ class AutoencoderKL(nn.Module):
     def setup(self):
         cfg = self.config
         self.encoder = Encoder(cfg, self.dtype)
-        self.decoder = Decoder(cfg, self.dtype)
+        self.decoder = Decoder(cfg, self.dtype, self.remat)
         if cfg.use_quant_conv:
             self.quant_conv = Conv(2 * cfg.latent_channels, kernel_size=1, padding=0, dtype=self.dtype)
         if cfg.use_post_quant_conv:

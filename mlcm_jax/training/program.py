@@ -146,7 +146,12 @@ def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> P
         module = _student(config, architecture, mesh, counted=counted)
         student_apply = module.with_guidance_embedding(config.guidance_embedding_dim).apply
         context = DistillationContext(
-            module.apply, schedule, stage.config, networks, student_apply, stage.former_prediction_type
+            module.apply,
+            schedule,
+            _without_remat(stage.config) if counted else stage.config,
+            networks,
+            student_apply,
+            stage.former_prediction_type,
         )
         own = bucket if len(sizes) > 1 else None
         step = make_train_step(context, stage_optimizer(stages), latent_shapes[bucket], own)
@@ -188,6 +193,13 @@ def attention_backend(config: ConfigDict, mesh: Mesh) -> AttentionBackend:
 def _counts_itself(config: ConfigDict, mesh: Mesh) -> bool:
     """Whether the step as it is compiled holds each of its products once, where they can be counted."""
     return not config.remat and (config.attention == "xla" or mesh.devices.flat[0].platform == "cpu")
+
+
+def _without_remat(config: ConfigDict) -> ConfigDict:
+    """A copy in which no activation is computed a second time."""
+    copy = config.copy_and_resolve_references()
+    copy.remat = False
+    return copy
 
 
 def _student(config: ConfigDict, architecture: Pipeline, mesh: Mesh, *, counted: bool = False) -> UNet2DConditionModel:

@@ -46,6 +46,23 @@ def test_encode_and_decode_are_diffusers(variant, tmp_path):
         assert_close(decoded, channels_last(model.decode(channels_first(latents)).sample))
 
 
+def test_a_rematerialised_decoder_has_the_same_gradient_and_keeps_less(tmp_path):
+    network = through_files(randomise(diffusers.AutoencoderKL(**CONFIG)), tmp_path)
+    latents = np.random.default_rng(0).standard_normal((2, 4, 6, 4), np.float32)
+    gradients, kept = [], []
+    for policy in (None, "nothing_saveable"):
+        module = network.module.clone(remat=policy)
+
+        def loss(latents, module=module):
+            return (module.apply({"params": network.params}, latents, method="decode") ** 2).mean()
+
+        gradients.append(jax.jit(jax.grad(loss))(latents))
+        backward = jax.eval_shape(lambda z, loss=loss: jax.vjp(loss, z)[1], latents)
+        kept.append(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(backward)))
+    np.testing.assert_allclose(gradients[1], gradients[0], rtol=1e-4, atol=1e-7)
+    assert kept[1] < 0.5 * kept[0]
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("latents_mean", [0.0] * 4), ("act_fn", "relu"), ("down_block_types", ["AttnDownEncoderBlock2D"] * 2)],

@@ -111,9 +111,17 @@ def test_the_policy_reaches_the_network(architecture):
     assert policies == [None, "nothing_saveable", "dots_saveable"]
 
 
-def test_what_is_recomputed_is_no_work_of_a_step(architecture):
-    plain, saving = (build_program(settings(remat=r), architecture, jax.devices()[:1]).stages[0] for r in (False, True))
-    assert saving.flops == plain.flops > 0
+REWARD = {"preference.weight": 1.0, "preference.reward_model": "clip=examples/emoji/scorer"}
+
+
+@pytest.mark.parametrize("changes", [{}, REWARD], ids=["consistency", "a reward model"])
+def test_what_is_recomputed_is_no_work_of_a_step(architecture, changes):
+    flops = []
+    for remat in (False, True):
+        config = settings(remat=remat)
+        config.update_from_flattened_dict(changes)
+        flops.append(build_program(config, architecture, jax.devices()[:1]).stages[0].flops)
+    assert flops[0] == flops[1] > 0
 
 
 @pytest.mark.parametrize(

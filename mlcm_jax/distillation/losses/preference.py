@@ -15,6 +15,7 @@ from mlcm_jax.distillation.losses.base import Loss
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import Network, Pipeline
 from mlcm_jax.hub.vae import load_vae
+from mlcm_jax.models.vae import AutoencoderKL
 from mlcm_jax.parallel.sharding import split_batch
 from mlcm_jax.rewards.registry import REWARD_MODELS, kind_of, parse_places
 from mlcm_jax.rules import NOT_NEGATIVE, check_rules, needs, one_of
@@ -62,12 +63,13 @@ class Preference(Loss):
     def __call__(self, critic, inputs):
         settings, networks = self.context.config.preference, self.context.networks
         weights, tokens = inputs.frozen.networks, inputs.examples.prompt_tokens
+        remat = self.context.config.remat_policy if self.context.config.remat else None
 
         def score(role, images, tokens):
             return networks[role].reward(weights[role], images, tokens)
 
         def loss(x0):
-            images = split_batch(decode(networks[DECODER], weights[DECODER], split_batch(x0)))
+            images = split_batch(decode(networks[DECODER], weights[DECODER], split_batch(x0), remat))
             scores, negative = score(REWARD_MODEL, images, tokens[REWARD_MODEL]), None
             if settings.form == "margin":
                 negative = score(REWARD_MODEL, images, self._negative_tokens(len(images)))
@@ -76,8 +78,9 @@ class Preference(Loss):
                 reported["held_out"] = score(HELD_OUT, images, tokens[HELD_OUT]).mean()
             return FORMS[settings.form](scores, negative, settings.target).mean(), jax.lax.stop_gradient(reported)
 
-        # A decoder's activations are the largest of a step.
-        return (jax.checkpoint(loss) if self.context.config.remat else loss)(inputs.x0)
+        # A decoder's activations are the largest of a step: its inputs alone are kept until its backward pass, and
+        # then one block's at a time.
+        return (jax.checkpoint(loss) if remat else loss)(inputs.x0)
 
     def _negative_tokens(self, n: int) -> Int[Array, "n t"]:
         """The negative prompt for n images, as the reward model reads it."""
@@ -102,9 +105,11 @@ Form = Callable[[Scores, Scores | None, float], Scores]
 FORMS: dict[str, Form] = {"margin": margin, "refl": refl}
 
 
-def decode(vae: Network, params: Params, latents: Latents) -> Float[Array, "n H W 3"]:
-    """Images, about [-1, 1], of scaled latents."""
+def decode(vae: Network, params: Params, latents: Latents, remat: str | None = None) -> Float[Array, "n H W 3"]:
+    """Images, about [-1, 1], of scaled latents. remat: policy of models/remat.py for the backward pass."""
     module: Any = vae.module
+    if remat and isinstance(module, AutoencoderKL):  # an AutoencoderTiny's activations are small
+        module = module.clone(remat=remat)
     return module.apply({"params": params}, latents / module.config.scaling_factor, method="decode")
 
 
