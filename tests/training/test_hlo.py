@@ -31,7 +31,7 @@ def arrays_of_the_whole_batch(hlo, tensor):
     return found
 
 
-JUDGED = {"scorer": "clip=examples/emoji/scorer", "weight": 1.0}
+JUDGED = {"reward_model": "clip=examples/emoji/scorer", "weight": 1.0}
 
 
 @pytest.mark.parametrize(
