@@ -17,7 +17,6 @@ from mlcm_jax.cli import run_main
 from mlcm_jax.data.npy import read_npy
 from mlcm_jax.data.prompts import read_prompts
 from mlcm_jax.diffusion.samplers import SAMPLERS
-from mlcm_jax.diffusion.scheduler_config import of_class
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.controlnet import load_controlnet
 from mlcm_jax.hub.ip_adapter import load_ip_adapter
@@ -159,7 +158,7 @@ def main():
     pipeline = load_model(DTYPE.value)
     pipeline = with_loras(pipeline, chosen_loras(LORA.value))
     if SCHEDULER.value:
-        pipeline = pipeline.with_scheduler(of_class(pipeline.scheduler_config, SCHEDULER.value))
+        pipeline = pipeline.with_scheduler_class(SCHEDULER.value)
     pipeline = pipeline.with_attention(AttentionBackend(ATTENTION.value))
     if VAE.value:
         vae = load_vae(VAE.value, pipeline, dtype=jnp.dtype(DTYPE.value))

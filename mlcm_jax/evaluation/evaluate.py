@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from mlcm_jax.data.prompts import read_prompts
 from mlcm_jax.data.real_images import RealImages
-from mlcm_jax.diffusion.scheduler_config import of_class
 from mlcm_jax.errors import UserError
 from mlcm_jax.evaluation.evaluator import EvaluationProtocol, evaluate_samplers
 from mlcm_jax.evaluation.extractors.registry import FEATURE_EXTRACTORS, load_extractor
@@ -154,8 +153,7 @@ def load_pipelines(settings: Settings) -> dict[str, Pipeline]:
         for name, folder in folders.items()
     }
     if settings.scheduler:
-        model = pipelines["model"]
-        pipelines["model"] = model.with_scheduler(of_class(model.scheduler_config, settings.scheduler))
+        pipelines["model"] = pipelines["model"].with_scheduler_class(settings.scheduler)
     return pipelines
 
 

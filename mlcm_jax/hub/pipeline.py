@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from mlcm_jax.diffusion.scheduler_config import as_pipelines_set
+from mlcm_jax.diffusion.scheduler_config import as_pipelines_set, of_class
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.fetch import SCHEDULER_NAME, Source, find_model
 from mlcm_jax.hub.fetch import resolve_folder as resolve_folder
@@ -66,6 +66,10 @@ class Pipeline:
         """The pipeline with another sampler, whose settings are as diffusers' pipeline would set them."""
         settings = as_pipelines_set(scheduler_config, self.model_index["_class_name"])
         return dataclasses.replace(self, scheduler_config=settings)
+
+    def with_scheduler_class(self, name: str) -> "Pipeline":
+        """The pipeline with another diffusers scheduler, which takes over the settings of its own one."""
+        return self.with_scheduler(of_class(self.scheduler_config, name))
 
     @property
     def downscale(self) -> int:
