@@ -96,6 +96,6 @@ def test_scores_that_fall_together_are_no_exploitation(tmp_path):
 def test_a_limit_needs_a_guard():
     config = settings(teacher="t", prompts="p")
     config.sample.prompts = "p"
-    config.preference.update({"weight": 1.0, "scorer": "clip=somewhere", "stop_when_held_out_falls": 0.02})
+    config.preference.update({"weight": 1.0, "reward_model": "clip=somewhere", "stop_when_held_out_falls": 0.02})
     with pytest.raises(UserError, match=r"stop_when_held_out_falls needs config.preference.held_out_reward_model"):
         validate(config)
