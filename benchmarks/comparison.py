@@ -28,6 +28,7 @@ from mlcm_jax.hub.load import read_json
 from mlcm_jax.hub.pipeline import Pipeline, load_pipeline
 from mlcm_jax.hub.save import write_json
 from mlcm_jax.outputs import atomic_write
+from mlcm_jax.training.export import student_scheduler_config
 from mlcm_jax.training.run import distill
 
 STEPS = (1, 2, 4, 8)
@@ -104,6 +105,12 @@ class Measurer:
     def teacher(self) -> Sampler:
         pipeline = load_pipeline(self._settings.model, dtype=jnp.float32)
         return self._sampler("teacher", pipeline, self._guidance_scale)
+
+    def untrained(self, sampler: str) -> Sampler:
+        """What a student is before its first step: the teacher without guidance. sampler: as in the configuration."""
+        pipeline = load_pipeline(self._settings.model, dtype=jnp.float32)
+        scheduler_config = student_scheduler_config(pipeline.scheduler_config, sampler)
+        return self._sampler("untrained", pipeline.with_scheduler(scheduler_config), 1.0)
 
     def student(self, folder: Path) -> Sampler:
         """Of an exported student. Its guidance is in its weights, or it is given the teacher's scale."""

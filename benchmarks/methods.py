@@ -23,7 +23,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 from absl import flags
 from comparison import STEPS, keep_settings, read_seeds
 from methods_report import put_into_docs, write_pictures, write_report
-from methods_tasks import TEACHER_NAME, Benchmark, measure_student, measure_teacher, run_folder, train
+from methods_tasks import TEACHER_NAME, Benchmark, measure_baselines, measure_student, run_folder, train
 from processes import Task, run_all
 
 from configs.methods import METHODS, get_config
@@ -93,8 +93,8 @@ def read_flags(out: Path) -> tuple[Benchmark, list[int]]:
 
 
 def tasks_of(benchmark: Benchmark, seeds: list[int], out: Path) -> list[Task]:
-    """The teacher's samples, and a training and its measurement for each method and seed; what is done is left out."""
-    tasks = [Task(TEACHER_NAME, partial(measure_teacher, benchmark, out), out / TEACHER_NAME / "log.txt")]
+    """The baselines' samples, and a training and its measurement for each method and seed; what is done is left out."""
+    tasks = [Task(TEACHER_NAME, partial(measure_baselines, benchmark, out), out / TEACHER_NAME / "log.txt")]
     for seed, name in itertools.product(seeds, CHOSEN.value):
         log, title = run_folder(out, name, seed) / "log.txt", f"{name}, seed {seed}"
         training = Task(f"training of {title}", partial(train, benchmark, out, name, seed), log)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 from comparison import REFERENCE_STEPS, Measured, over_seeds, paired_ratio, read_measured
-from methods_tasks import TEACHER_NAME, Benchmark, image_file, plan_file, run_folder
+from methods_tasks import BASELINES, TEACHER_NAME, Benchmark, image_file, plan_file, run_folder
 
 from examples.emoji.results_tables import FRECHET, RATIO, TEXT, cell, provenance, put_into_page, table
 from mlcm_jax.evaluation.statistics.bootstrap import Figure
@@ -56,16 +56,14 @@ def write_pictures(methods: Sequence[str], seeds: Sequence[int], out: Path) -> N
     rows = read_json(out / "results.json")["rows"]
     plot_against_steps(dict(panels(rows)), out / "methods.png", axes_of=AXES)
     for num_steps in GRID_STEPS:
-        _write_grid([TEACHER_NAME, *methods], seeds[0], num_steps, out)
+        _write_grid([*BASELINES, *methods], seeds[0], num_steps, out)
 
 
 def read_runs(methods: Sequence[str], seeds: Sequence[int], out: Path) -> dict[str, dict[str, Measured]]:
-    """Figures of each seed's run, by method, of those that have some; the teacher first, whose run is every seed's."""
-    teacher = read_measured(out / TEACHER_NAME / "figures.json")
-    found = {TEACHER_NAME: {str(seed): teacher for seed in seeds}}
-    found |= {
+    """Figures of each seed's run, by method, of those that have some; the baselines first."""
+    found = {
         name: {str(seed): read_measured(run_folder(out, name, seed) / "figures.json") for seed in seeds}
-        for name in methods
+        for name in (*BASELINES, *methods)
     }
     measured = {name: {seed: run for seed, run in runs.items() if run} for name, runs in found.items()}
     return {name: runs for name, runs in measured.items() if runs}
@@ -141,11 +139,9 @@ def panels(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, d
 
 def _write_grid(names: Sequence[str], seed: int, num_steps: int, out: Path) -> None:
     """A row for each method: the first prompts at a number of steps, below the teacher's reference sample."""
-    teacher, steps = out / TEACHER_NAME, f"{num_steps} step{'s' * (num_steps > 1)}"
-    files = {f"{TEACHER_NAME}, {REFERENCE_STEPS} steps": image_file(teacher, REFERENCE_STEPS)}
-    for name in names:
-        folder = teacher if name == TEACHER_NAME else run_folder(out, name, seed)
-        files[f"{name}, {steps}"] = image_file(folder, num_steps)
+    steps = f"{num_steps} step{'s' * (num_steps > 1)}"
+    files = {f"{TEACHER_NAME}, {REFERENCE_STEPS} steps": image_file(out / TEACHER_NAME, REFERENCE_STEPS)}
+    files |= {f"{name}, {steps}": image_file(run_folder(out, name, seed), num_steps) for name in names}
     found = {label: np.load(file)[:GRID_IMAGES] for label, file in files.items() if file.is_file()}
     if len(found) > 1:
         write_image(labelled_rows(found), out / f"methods_grid_{num_steps}.png")

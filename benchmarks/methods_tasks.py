@@ -1,4 +1,4 @@
-"""What benchmarks/methods.py does in processes of their own: the teacher's samples, trainings, measurements."""
+"""What benchmarks/methods.py does in processes of their own: samples of the baselines, trainings, measurements."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,10 +17,13 @@ from mlcm_jax.evaluation.report import Row
 from mlcm_jax.hub.load import read_json
 from mlcm_jax.hub.save import write_json
 from mlcm_jax.outputs import atomic_write
+from mlcm_jax.training.export import SAMPLERS
 from mlcm_jax.training.stages import read_stages
 
 CHECKPOINTS = 10  # of a training
 TEACHER_NAME = "teacher"
+UNTRAINED = {f"untrained_{sampler}": sampler for sampler in SAMPLERS}  # a student before training, by its sampler
+BASELINES = (TEACHER_NAME, *UNTRAINED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +62,9 @@ class Benchmark:
         return config
 
 
-def run_folder(out: Path, method: str, seed: int) -> Path:
-    return out / "runs" / f"{method}_{seed}"
+def run_folder(out: Path, name: str, seed: int) -> Path:
+    """Of a method's run, or of a baseline, which all seeds share."""
+    return out / name if name in BASELINES else out / "runs" / f"{name}_{seed}"
 
 
 def plan_file(out: Path, method: str) -> Path:
@@ -71,8 +75,8 @@ def image_file(folder: Path, num_steps: int) -> Path:
     return folder / f"images_{num_steps}.npy"
 
 
-def measure_teacher(benchmark: Benchmark, out: Path) -> None:
-    """The teacher's samples, which students are compared with, and its figures."""
+def measure_baselines(benchmark: Benchmark, out: Path) -> None:
+    """The teacher's samples, which students are compared with, its figures, and those of the untrained student."""
     folder = out / TEACHER_NAME
     write_json(provenance(), folder / "about.json")
     figures, samples = folder / "figures.json", out / "teacher.npz"
@@ -84,6 +88,9 @@ def measure_teacher(benchmark: Benchmark, out: Path) -> None:
         write_json({str(REFERENCE_STEPS): figures_of(row)}, figures)
     for row in measurer(measurer.teacher(), benchmark.steps, figures):
         keep_images(row, image_file(folder, row.num_steps))
+    for name, sampler in UNTRAINED.items():
+        for row in measurer(measurer.untrained(sampler), benchmark.steps, out / name / "figures.json"):
+            keep_images(row, image_file(out / name, row.num_steps))
 
 
 def equal_work_config(benchmark: Benchmark, method: str, file: Path) -> ConfigDict:

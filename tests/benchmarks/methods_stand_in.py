@@ -49,6 +49,9 @@ class Measurer(comparison.Measurer):
     def teacher(self):
         return "teacher"
 
+    def untrained(self, sampler: str):
+        return f"untrained_{sampler}"
+
     def student(self, folder: Path):
         return (folder / "name").read_text()
 

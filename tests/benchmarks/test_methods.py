@@ -16,6 +16,7 @@ from mlcm_jax.data.latents import save_latents
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 STEPS = (1, 2, 4, 8)
+BASELINES = ("teacher", "untrained_tcd", "untrained_lcm")  # one run for all seeds
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_all_methods_and_seeds_are_measured_once(methods):
     assert lines(methods.out / "trainings.txt") == trained
     results = json.loads((methods.out / "results.json").read_text())
     assert {(row["sampler"], row["steps"]): row["seeds"] for row in results["rows"]} == {
-        **{(name, n): ["0", "1"] for name in ("mlcm", "lcm", "teacher") for n in STEPS},
+        **{(name, n): ["0", "1"] for name in ("mlcm", "lcm", *BASELINES) for n in STEPS},
         ("teacher", 25): ["0", "1"],
     }
     plans = results["methods"]
@@ -100,7 +101,7 @@ def test_after_the_time_limit_nothing_is_started(methods):
     assert not (methods.out / "trainings.txt").exists(), "the running training was stopped"
     results = json.loads((methods.out / "results.json").read_text())
     assert results["failed"] == {} and results["unfinished"][0] == "training of mlcm, seed 9"
-    assert {row["sampler"] for row in results["rows"]} == {"teacher"}, "what there is was written"
+    assert {row["sampler"] for row in results["rows"]} == set(BASELINES), "what there is was written"
 
 
 @pytest.mark.parametrize(
@@ -168,4 +169,5 @@ def test_two_methods_with_networks(tmp_path):
         steps[row["sampler"]].append(row["steps"])
         assert row["figures"]["clip-guard_score"]["by_seed"] and "frechet_distance/clip/data" in row["figures"]
         assert (row["figures"]["latent_mse"]["value"] > 0) == (row["steps"] != 25)
-    assert steps == {"teacher": [25, 4, 1], "mlcm": [4, 1], "lcm": [4, 1]}
+    measured = [*BASELINES, "mlcm", "lcm"]
+    assert steps == {name: [25, 4, 1] if name == "teacher" else [4, 1] for name in measured}
