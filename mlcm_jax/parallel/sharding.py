@@ -70,7 +70,7 @@ _step_mesh: ContextVar[Mesh | None] = ContextVar("step_mesh", default=None)
 
 
 def traced_on(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, with ``mesh`` as what ``split_batch`` takes while it is traced."""
+    """The function, with ``mesh`` as what ``split_batch`` and ``gathered`` take while it is traced."""
 
     @functools.wraps(function)
     def traced(*args: Any) -> Any:
@@ -102,6 +102,21 @@ def split_batch(tree: Any, mesh: Mesh | None = None) -> Any:
         return jax.lax.with_sharding_constraint(a, NamedSharding(mesh, PartitionSpec(BATCH_AXES, *others)))
 
     return jax.tree.map(split, tree)
+
+
+def gathered(params: Any, rules: Rules) -> Any:
+    """Weights held to be whole along ``fsdp``, split by ``rules`` along ``tensor``, on the mesh of ``traced_on``.
+
+    For a small network with large activations. Left to itself, the TPU compiler may pass a weight's parts around while
+    it computes with them, in a loop that holds its output several times over from the step's start to its end.
+    """
+    mesh = _step_mesh.get()
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return params
+
+    without_fsdp = AbstractMesh(tuple(1 if axis == "fsdp" else mesh.shape[axis] for axis in AXES), AXES)
+    specs = jax.tree.map(lambda sharding: sharding.spec, param_shardings(params, without_fsdp, rules))
+    return jax.lax.with_sharding_constraint(params, jax.tree.map(functools.partial(NamedSharding, mesh), specs))
 
 
 def local_rows(sharding: NamedSharding, n: int) -> Int[np.ndarray, " m"]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from mlcm_jax.config import SHARDING_RULES
 from mlcm_jax.distillation import state as train_state
@@ -201,6 +202,20 @@ def test_the_low_rank_activations_of_a_convolution_keep_their_batch_split(device
     (held,) = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "sharding_constraint")
     assert held.outvars[0].aval.shape == (8, 4, 4, 4)
     assert held.params["sharding"].spec[0] == ("data", "fsdp")
+
+
+@pytest.mark.parametrize(("tensor", "whole"), [(1, PartitionSpec()), (2, PartitionSpec(None, None, None, "tensor"))])
+def test_gathered_weights_are_whole_along_fsdp(devices, tensor, whole):
+    """Else a TPU's compiler computes SDXL's decoder in loops, which take 2.8 GB a chip more (docs/scale.md)."""
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 8 // tensor, "tensor": tensor}, devices)
+    params = {"conv1": {"kernel": jnp.arange(3.0 * 3 * 64 * 128).reshape(3, 3, 64, 128)}}
+    placed = jax.device_put(params, sharding.param_shardings(params, mesh))
+    kernel = placed["conv1"]["kernel"]
+    assert not kernel.sharding.is_fully_replicated
+    gathered = jax.jit(sharding.traced_on(mesh, partial(sharding.gathered, rules=SHARDING_RULES)))(placed)
+    got = gathered["conv1"]["kernel"]
+    assert got.sharding.is_equivalent_to(NamedSharding(mesh, whole), got.ndim)
+    np.testing.assert_array_equal(got, kernel)
 
 
 def test_placement_and_computation_on_eight_devices(devices):

@@ -16,7 +16,7 @@ from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import Network, Pipeline
 from mlcm_jax.hub.vae import load_vae
 from mlcm_jax.models.vae import AutoencoderKL
-from mlcm_jax.parallel.sharding import split_batch
+from mlcm_jax.parallel.sharding import gathered, split_batch
 from mlcm_jax.rewards.registry import REWARD_MODELS, kind_of, parse_places
 from mlcm_jax.rules import NOT_NEGATIVE, check_rules, needs, one_of
 from mlcm_jax.types import Latents, Params
@@ -61,26 +61,22 @@ class Preference(Loss):
         return loads | {DECODER: partial(_load_decoder, config, architecture)}
 
     def __call__(self, critic, inputs):
-        settings, networks = self.context.config.preference, self.context.networks
+        config, networks = self.context.config, self.context.networks
         weights, tokens = inputs.frozen.networks, inputs.examples.prompt_tokens
-        remat = self.context.config.remat_policy if self.context.config.remat else None
+        settings, remat = config.preference, config.remat_policy if config.remat else None
+        decoder = gathered(weights[DECODER], config.sharding_rules)
 
         def score(role, images, tokens):
             return networks[role].reward(weights[role], images, tokens)
 
-        def loss(x0):
-            images = split_batch(decode(networks[DECODER], weights[DECODER], split_batch(x0), remat))
-            scores, negative = score(REWARD_MODEL, images, tokens[REWARD_MODEL]), None
-            if settings.form == "margin":
-                negative = score(REWARD_MODEL, images, self._negative_tokens(len(images)))
-            reported = {"score": scores.mean()}
-            if HELD_OUT in networks:
-                reported["held_out"] = score(HELD_OUT, images, tokens[HELD_OUT]).mean()
-            return FORMS[settings.form](scores, negative, settings.target).mean(), jax.lax.stop_gradient(reported)
-
-        # A decoder's activations are the largest of a step: its inputs alone are kept until its backward pass, and
-        # then one block's at a time.
-        return (jax.checkpoint(loss) if remat else loss)(inputs.x0)
+        images = split_batch(decode(networks[DECODER], decoder, split_batch(inputs.x0), remat))
+        scores, negative = score(REWARD_MODEL, images, tokens[REWARD_MODEL]), None
+        if settings.form == "margin":
+            negative = score(REWARD_MODEL, images, self._negative_tokens(len(images)))
+        reported = {"score": scores.mean()}
+        if HELD_OUT in networks:
+            reported["held_out"] = score(HELD_OUT, images, tokens[HELD_OUT]).mean()
+        return FORMS[settings.form](scores, negative, settings.target).mean(), jax.lax.stop_gradient(reported)
 
     def _negative_tokens(self, n: int) -> Int[Array, "n t"]:
         """The negative prompt for n images, as the reward model reads it."""
