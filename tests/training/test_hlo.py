@@ -14,7 +14,8 @@ from mlcm_jax.training.hlo import collective_bytes, read_buffer_assignment
 from mlcm_jax.training.program import build_program
 
 BATCH = 88  # no width and no number of tokens is a multiple of 11
-TOKENS, CHANNELS, PROMPT_TOKENS = 64, 64, 77  # of the tiny UNet's activations
+TOKENS, PROMPT_TOKENS = 64, 77  # of the tiny UNet
+CHANNELS = 16  # of the tiny decoder's activations, which are smaller than the UNet's
 JUDGE_TOKENS = 65  # of an image in the emoji scorer
 
 
