@@ -137,7 +137,10 @@ def main(_) -> None:
     if MARKDOWN.value:
         print(table(rows))
         return
-    for row in wanted():
+    chosen = [row for row in wanted() if ROWS.value in row.name]
+    if not chosen:
+        sys.exit(f"error: --rows={ROWS.value} is in no row's name: write a part of one, such as {wanted()[0].name}.")
+    for row in chosen:
         while ROWS.value in row.name and row.per_chip <= MAX_PER_CHIP:
             entry = rows.get(key_of(row)) or measure(row, path)
             if not LARGEST.value or "error" in entry:

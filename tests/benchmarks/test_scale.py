@@ -63,6 +63,14 @@ def test_an_error_that_says_nothing_of_the_row_ends_the_program(tmp_path, monkey
     assert not (tmp_path / "scale.jsonl").exists()
 
 
+def test_a_name_that_no_row_has_is_refused(compiled, tmp_path, monkeypatch):
+    for name, value in {"table": str(tmp_path / "scale.jsonl"), "rows": "v5e:4x4, all"}.items():
+        monkeypatch.setattr(flags.FLAGS[name], "value", value)
+    with pytest.raises(SystemExit, match=r"--rows=v5e:4x4, all is in no row's name: .* v5e:4x4, full, trajectories, 1"):
+        scale.main([])
+    assert not compiled
+
+
 def test_every_row_is_a_configuration_with_that_stage():
     from configs.sdxl import get_config
 
