@@ -115,8 +115,8 @@ def gathered(params: Any, rules: Rules) -> Any:
         return params
 
     without_fsdp = AbstractMesh(tuple(1 if axis == "fsdp" else mesh.shape[axis] for axis in AXES), AXES)
-    specs = jax.tree.map(lambda sharding: sharding.spec, param_shardings(params, without_fsdp, rules))
-    return jax.lax.with_sharding_constraint(params, jax.tree.map(functools.partial(NamedSharding, mesh), specs))
+    split = param_shardings(params, without_fsdp, rules)
+    return jax.lax.with_sharding_constraint(params, jax.tree.map(lambda s: NamedSharding(mesh, s.spec), split))
 
 
 def local_rows(sharding: NamedSharding, n: int) -> Int[np.ndarray, " m"]:
