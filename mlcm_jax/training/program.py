@@ -19,7 +19,7 @@ from mlcm_jax.distillation.step import TrainStep, make_train_step
 from mlcm_jax.errors import UserError
 from mlcm_jax.hub.pipeline import Pipeline, conditioning_shapes
 from mlcm_jax.image_size import ImageSize, asked_size
-from mlcm_jax.models.attention_backend import BACKENDS, XLA, AttentionBackend
+from mlcm_jax.models.attention_backend import BACKENDS, AttentionBackend
 from mlcm_jax.models.remat import REMAT_POLICIES
 from mlcm_jax.models.unet import UNet2DConditionModel
 from mlcm_jax.parallel import sharding
@@ -143,15 +143,11 @@ def build_program(config: ConfigDict, architecture: Pipeline, devices=None) -> P
     placed = (jax.tree.map(lambda a: a.sharding, state), replicated)
 
     def make_step(stage: Stage, bucket: int, *, counted: bool = False) -> TrainStep:
-        module = _student(config, architecture, mesh, counted=counted)
+        settings = _for_counting(stage.config) if counted else stage.config
+        module = _student(settings, architecture, mesh)
         student_apply = module.with_guidance_embedding(config.guidance_embedding_dim).apply
         context = DistillationContext(
-            module.apply,
-            schedule,
-            _without_remat(stage.config) if counted else stage.config,
-            networks,
-            student_apply,
-            stage.former_prediction_type,
+            module.apply, schedule, settings, networks, student_apply, stage.former_prediction_type
         )
         own = bucket if len(sizes) > 1 else None
         step = make_train_step(context, stage_optimizer(stages), latent_shapes[bucket], own)
@@ -195,19 +191,17 @@ def _counts_itself(config: ConfigDict, mesh: Mesh) -> bool:
     return not config.remat and (config.attention == "xla" or mesh.devices.flat[0].platform == "cpu")
 
 
-def _without_remat(config: ConfigDict) -> ConfigDict:
-    """A copy in which no activation is computed a second time."""
+def _for_counting(config: ConfigDict) -> ConfigDict:
+    """A copy whose products are all seen in the jaxpr, where a kernel's are not, each once: what is computed again to
+    save memory is no work for an example."""
     copy = config.copy_and_resolve_references()
-    copy.remat = False
+    copy.attention, copy.remat = "xla", False
     return copy
 
 
-def _student(config: ConfigDict, architecture: Pipeline, mesh: Mesh, *, counted: bool = False) -> UNet2DConditionModel:
-    """The UNet as it is trained. counted: for counting FLOPs: a kernel's products are not seen in the jaxpr, and those
-    that only save memory are no work for an example."""
+def _student(config: ConfigDict, architecture: Pipeline, mesh: Mesh) -> UNet2DConditionModel:
+    """The UNet as it is trained."""
     dtype = jnp.dtype(config.compute_dtype)
-    if counted:
-        return UNet2DConditionModel.from_config(architecture.unet.config, dtype, attention=XLA)
     remat = config.remat and config.remat_policy
     attention = attention_backend(config, mesh)
     return UNet2DConditionModel.from_config(architecture.unet.config, dtype, remat, attention, config.unroll)
