@@ -206,7 +206,7 @@ def test_the_low_rank_activations_of_a_convolution_keep_their_batch_split(device
 
 @pytest.mark.parametrize(("tensor", "whole"), [(1, PartitionSpec()), (2, PartitionSpec(None, None, None, "tensor"))])
 def test_gathered_weights_are_whole_along_fsdp(devices, tensor, whole):
-    """Else a TPU's compiler computes SDXL's decoder in loops, which take 2.8 GB a chip more (docs/scale.md)."""
+    """Else a TPU's compiler computes SDXL's decoder in loops, which take 6.4 GB a chip more (docs/scale.md)."""
     mesh = sharding.make_mesh({"data": 1, "fsdp": 8 // tensor, "tensor": tensor}, devices)
     params = {"conv1": {"kernel": jnp.arange(3.0 * 3 * 64 * 128).reshape(3, 3, 64, 128)}}
     placed = jax.device_put(params, sharding.param_shardings(params, mesh))
