@@ -8,7 +8,7 @@ import numpy as np
 from comparison import REFERENCE_STEPS, Measured, over_seeds, paired_ratio, read_measured
 from methods_tasks import BASELINES, TEACHER_NAME, Benchmark, image_file, plan_file, run_folder
 
-from examples.emoji.results_tables import FRECHET, RATIO, TEXT, cell, provenance, put_into_page, table
+from examples.emoji.results_tables import FRECHET, RATIO, TEXT, Column, cell, provenance, put_into_page, table
 from mlcm_jax.evaluation.statistics.bootstrap import Figure
 from mlcm_jax.hub.load import read_json
 from mlcm_jax.hub.save import write_json
@@ -17,15 +17,16 @@ from mlcm_jax.outputs import atomic_write
 from mlcm_jax.plots import labelled_rows, plot_against_steps
 
 COLUMNS = (FRECHET, *TEXT)
+COMPARED_WITH = "mlcm"
+OVER = f"Frechet distance over {COMPARED_WITH}'s"
 AXES: dict[str, Literal["log", "tight"]] = {  # of the figure's panels
-    "Frechet distance": "tight",
+    "Frechet distance": "log",
+    OVER: "tight",
     "CLIP score (held-out)": "tight",
-    "CLIP score (scorer)": "tight",
     "latent distance": "log",
 }
 GRID_STEPS, GRID_IMAGES = (4, 1), 12
 DOCS, MARKER = "docs/methods.md", "equal work"
-COMPARED_WITH = "mlcm"
 
 
 def write_report(
@@ -53,8 +54,7 @@ def write_report(
 
 def write_pictures(methods: Sequence[str], seeds: Sequence[int], out: Path) -> None:
     """Write the figure, of results.json, and the grids, of the first seed."""
-    rows = read_json(out / "results.json")["rows"]
-    plot_against_steps(dict(panels(rows)), out / "methods.png", axes_of=AXES)
+    plot_against_steps(panels(read_json(out / "results.json")), out / "methods.png", axes_of=AXES)
     for num_steps in GRID_STEPS:
         _write_grid([*BASELINES, *methods], seeds[0], num_steps, out)
 
@@ -99,7 +99,7 @@ def ratio_table(ratios: Mapping[str, Mapping[str, Any]], steps: Sequence[int]) -
     """Rows are samplers, columns numbers of steps."""
     ordered = sorted(steps, reverse=True)
     heads = " | ".join(f"{n} step{'s' * (n > 1)}" for n in ordered)
-    lines = [f"| Frechet distance over {COMPARED_WITH}'s | {heads} |", "|---" * (1 + len(ordered)) + "|"]
+    lines = [f"| {OVER} | {heads} |", "|---" * (1 + len(ordered)) + "|"]
     for name, by_steps in ratios.items():
         found = ({RATIO.key: by_steps[str(n)]} if str(n) in by_steps else {} for n in ordered)
         cells = " | ".join(cell({"relative_to_reference": ratio}, RATIO) for ratio in found)
@@ -125,16 +125,30 @@ def markdown(results: Mapping[str, Any], names: Sequence[str], steps: Sequence[i
     return "\n\n".join(parts) + "\n"
 
 
-def panels(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, dict[int, tuple[float, float, float]]]]]:
+Curve = dict[int, tuple[float, float, float]]  # number of steps -> value and both ends of its interval
+
+
+def panels(results: Mapping[str, Any]) -> dict[str, dict[str, Curve]]:
     """What ``plot_against_steps`` takes: a panel for each figure that was measured, a line for each method."""
-    for column in (column for column in COLUMNS if column.title in AXES):
-        curves: dict[str, dict[int, tuple[float, float, float]]] = {}
-        for row in reversed(rows):
-            figure = row["figures"].get(column.key)
-            if figure and (figure["value"] > 0 or AXES[column.title] != "log"):
-                curves.setdefault(row["sampler"], {})[row["steps"]] = (figure["value"], *figure["interval"])
-        if curves:
-            yield column.title, dict(reversed(curves.items()))
+    found = {column.title: curves(results["rows"], column) for column in COLUMNS}
+    paired = results[f"over_{COMPARED_WITH}"]
+    found[OVER] = {name: {int(n): _point(ratio) for n, ratio in of.items()} for name, of in paired.items()}
+    return {title: found[title] for title in AXES if found[title]}
+
+
+def curves(rows: Sequence[Mapping[str, Any]], column: Column) -> dict[str, Curve]:
+    """A figure by sampler and number of steps. Those of 0 are left out where the axis is logarithmic."""
+    found: dict[str, Curve] = {}
+    for row in rows:
+        figure = row["figures"].get(column.key)
+        if figure and (figure["value"] > 0 or AXES.get(column.title) != "log"):
+            found.setdefault(row["sampler"], {})[row["steps"]] = _point(figure)
+    return found
+
+
+def _point(figure: Mapping[str, Any]) -> tuple[float, float, float]:
+    low, high = figure["interval"]
+    return figure["value"], low, high
 
 
 def _write_grid(names: Sequence[str], seed: int, num_steps: int, out: Path) -> None:

@@ -7,13 +7,17 @@ import matplotlib
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from mlcm_jax.outputs import atomic_write
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
+
+MANY = 10  # as many lines have colours of their own
+LINE_STYLES = (("o-", "s--"), ("^:", "D-."))
 
 
 def labelled_grid(
@@ -40,11 +44,12 @@ def labelled_rows(rows: Mapping[str, UInt8[np.ndarray, "n H W 3"]]) -> UInt8[np.
     """A row of images for each label, which stands on its left."""
     images = _zoomed(np.stack(list(rows.values())))
     _, n, height, width, _ = images.shape
-    gap, margin = 4, 110
+    gap, font, labels = 4, ImageFont.load_default(), [label.replace(" ", "\n", 1) for label in rows]
+    margin = 2 * gap + round(max(font.getlength(line) for label in labels for line in label.split("\n")))
     canvas = Image.new("RGB", (margin + n * (width + gap), len(rows) * (height + gap)), "white")
     draw = ImageDraw.Draw(canvas)
-    for row, label in enumerate(rows):
-        draw.text((2, row * (height + gap) + height // 2 - 12), label.replace(" ", "\n", 1), fill="black")
+    for row, label in enumerate(labels):
+        draw.text((gap, row * (height + gap) + height // 2 - 12), label, fill="black", font=font)
         for column in range(n):
             place = margin + column * (width + gap), row * (height + gap)
             canvas.paste(Image.fromarray(images[row, column]), place)
@@ -88,25 +93,28 @@ def plot_against_steps(
     *,
     axes_of: Mapping[str, Literal["log", "tight"]] | None = None,
 ) -> None:
-    """Figures against the number of sampling steps, a panel each, four panels a row.
+    """Figures against the number of sampling steps, a panel each; two panels a row for many samplers, four for few.
 
     panels: name of the figure -> sampler -> number of steps -> value and both ends of its interval. axes_of: figures
-    whose axis does not begin at 0: it is logarithmic, or as long as the values need.
+    whose axis does not begin at 0: it is logarithmic, or as long as the values need. Up to 20 samplers look different.
     """
-    columns = min(len(panels), 4)
-    rows, size = -(-len(panels) // columns), (6 if len(panels) < 4 else 4.2)
+    labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
+    columns = min(len(panels), 4 if len(labels) <= MANY else 2)
+    rows, size = -(-len(panels) // columns), (6 if columns < 4 else 4.2)
     figure, all_axes = plt.subplots(
-        rows, columns, figsize=(size * columns, 4 * rows), layout="constrained", squeeze=False
+        rows, columns, figsize=(size * columns + 1.5, 4 * rows), layout="constrained", squeeze=False
     )
     for axes in all_axes.flat[len(panels) :]:
         axes.remove()
+    lines: dict[str, ErrorbarContainer] = {}
     for axes, (name, curves) in zip(all_axes.flat, panels.items(), strict=False):
-        for i, (label, values) in enumerate(curves.items()):
+        for label, values in curves.items():
+            i = labels.index(label)
             value, low, high = np.array(list(values.values())).T
             errors = np.maximum([value - low, high - value], 0)
-            beside = 1 + 0.02 * (i - (len(curves) - 1) / 2)  # so that intervals do not hide each other
-            places, style = beside * np.array(list(values)), ("o-", "s--")[i % 2]
-            axes.errorbar(places, value, errors, fmt=style, capsize=3, label=label)
+            beside = 1 + 0.02 * (i - (len(labels) - 1) / 2)  # so that intervals do not hide each other
+            places, style = beside * np.array(list(values)), LINE_STYLES[i // MANY % 2][i % 2]
+            lines[label] = axes.errorbar(places, value, errors, fmt=style, color=f"C{i}", capsize=3)
         ticks = sorted({n for values in curves.values() for n in values})
         bottom = min(0, *(low for values in curves.values() for _, low, _ in values.values()))
         axes.set(xlabel="sampling steps", ylabel=name)
@@ -117,7 +125,7 @@ def plot_against_steps(
             axes.set_yscale("log")
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, labels=[str(n) for n in ticks])
-        axes.legend()
+    figure.legend(handles=list(lines.values()), labels=list(lines), loc="outside right upper")
     _write(figure, path)
 
 
