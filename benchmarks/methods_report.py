@@ -19,6 +19,7 @@ from mlcm_jax.plots import labelled_rows, plot_against_steps
 COLUMNS = (FRECHET, *TEXT)
 COMPARED_WITH = "mlcm"
 OVER = f"Frechet distance over {COMPARED_WITH}'s"
+FAILED_ABOVE = 3.0  # of that, at each number of steps: left out of the figure, where the others would be one line
 AXES: dict[str, Literal["log", "tight"]] = {  # of the figure's panels
     "Frechet distance": "log",
     OVER: "tight",
@@ -129,10 +130,12 @@ Curve = dict[int, tuple[float, float, float]]  # number of steps -> value and bo
 
 
 def panels(results: Mapping[str, Any]) -> dict[str, dict[str, Curve]]:
-    """What ``plot_against_steps`` takes: a panel for each figure that was measured, a line for each method."""
-    found = {column.title: curves(results["rows"], column) for column in COLUMNS}
+    """What ``plot_against_steps`` takes: a panel for each measured figure, a line for each method that works."""
     paired = results[f"over_{COMPARED_WITH}"]
-    found[OVER] = {name: {int(n): _point(ratio) for n, ratio in of.items()} for name, of in paired.items()}
+    works = {name: of for name, of in paired.items() if min(r["value"] for r in of.values()) <= FAILED_ABOVE}
+    rows = [row for row in results["rows"] if row["sampler"] in works or row["sampler"] not in paired]
+    found = {column.title: curves(rows, column) for column in COLUMNS}
+    found[OVER] = {name: {int(n): _point(ratio) for n, ratio in of.items()} for name, of in works.items()}
     return {title: found[title] for title in AXES if found[title]}
 
 
